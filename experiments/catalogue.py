@@ -201,7 +201,7 @@ def _instructions(title: str, data: str, splitters: tuple[str, ...]) -> Experime
             {"evaluate_every_rounds": 6},
             instructions.ALL_LAYERS_RATE,
         ),
-        Arm(zo_deep, instructions.DEEP_ZO_RUN, instructions.DEEP_SETTINGS),
+        Arm(zo_deep, instructions.DEEP_ZO_RUN_OF[data], instructions.DEEP_SETTINGS),
         Arm(
             same_deep,
             instructions.DEEP_RUN,

@@ -80,5 +80,10 @@ FEW_RUN: Final[dict[str, Any]] = {**DEEP_RUN, "lora": FEW_LORA}
 FEW_ZO_RUN: Final[dict[str, Any]] = {**DEEP_ZO_RUN, "lora": FEW_LORA, "learning_rate": 0.4}
 FEW_RATE: Final = FirstOrder(learning_rate=3e-2)
 """With 1e-2 they still learn after 100 rounds."""
+DEEP_ZO_RUN_OF: Final[Mapping[str, dict[str, Any]]] = {
+    "hellaswag": DEEP_ZO_RUN,
+    "alpaca": {**DEEP_ZO_RUN, "rounds": 60, "learning_rate": 0.25},
+}
+"""Data folder -> FedMeZO's values in deep layers; Alpaca's kind levels off earlier."""
 DEEP_SETTINGS: Final[dict[str, Any]] = {"fit_rows": 32}
 """4,096 parameters take more rows to fit their factors to than the last layer's 2,304."""

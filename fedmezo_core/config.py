@@ -670,6 +670,12 @@ class RunConfig(_Frozen):
         return self.staleness_max_rounds if self.buffer_answers else 0
 
     @property
+    def fit_reads_answers(self) -> bool:
+        """Whether a fit of the run's adapter takes a row's answer, and not its prompt alone."""
+        has_factors = self.lora is not None and self.lora.output_rank is not None
+        return self.task.kind == "instruction" or has_factors
+
+    @property
     def workers_expected(self) -> int:
         """Workers that a rate is chosen for where nobody says how many will come."""
         return max(self.workers_min, self.quorum)

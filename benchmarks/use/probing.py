@@ -229,7 +229,7 @@ class Trial:
             rows,
             len(self.job.workers),
             threads=1,
-            row_states=self._states,
+            row_states_max=2 * ROW_STATES_MAX,
         )
 
     def run(self, rate: float) -> Outcome:

@@ -254,7 +254,8 @@ class CoordinatorSettings(ServingSettings):
     probe_rows: UserPath | None = Field(
         default=None,
         description="rows like the workers', on which a new run's learning_rate (and eps, if [run] "
-        "names none) is measured before it begins, as by fedmezo probe",
+        "names none) is measured before it begins, as by fedmezo probe; none: where the contract "
+        "has no rate, adapter_rows or heldout",
     )
     evaluate_every_rounds: int = Field(
         default=10, ge=1, description="rounds between two evaluations"
@@ -387,11 +388,30 @@ class CoordinatorSettings(ServingSettings):
                 raise ConfigError(f"There is no {name} in a folder {self.adapter}; check adapter.")
 
     @property
+    def rate_rows(self) -> tuple[Path, ...]:
+        """Rows to measure a new run's rate on, if its user set none: the first that can serve."""
+        if self.probe_rows is not None:
+            return (self.probe_rows,)
+        if "learning_rate" in self.run:
+            return ()
+        return tuple(rows for rows in (self.adapter_rows, self.heldout) if rows is not None)
+
+    @property
     def begins_from(self) -> Path | None:
         """Folder of the adapter that the run begins from; a new run's is fitted first."""
         if self.adapter_rows is None:
             return self.adapter
         return path_beside(self.journal, ".adapter").absolute()
+
+    @property
+    def base_model(self) -> str:
+        """Name or folder of the model to load; raises `ConfigError` if there is none."""
+        if not self.model:
+            raise ConfigError(
+                "model is missing; set it to a Hugging Face name or a model folder, for example "
+                'model = "HuggingFaceTB/SmolLM2-135M" above [run].'
+            )
+        return self.model
 
     @property
     def has_replica(self) -> bool:

@@ -30,7 +30,7 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, DataError
 from fedmezo_core.program import long_step
 from fedmezo_core.zo.data.encoding import Dataset, EncodedExample
-from fedmezo_core.zo.data.rows import Example, read_rows
+from fedmezo_core.zo.data.rows import Example, read_fit_rows
 from fedmezo_core.zo.export import write_adapter
 from fedmezo_core.zo.model.loading import SharedBases
 from fedmezo_core.zo.model.model_card import ModelCard
@@ -77,13 +77,13 @@ def write_fitted_adapter(
     """Fit the adapter of a run to rows, and write the folder that the run begins from.
 
     `model` is a hub name or folder, `data` as for a worker, `bases` as for `open_party`. Returns
-    the count of rows. Raises as `open_party`, `read_rows` and `fit_adapter` do.
+    the count of rows. Raises as `open_party`, `read_fit_rows` and `fit_adapter` do.
     """
     if config.lora is None:
         raise ConfigError("The run has no adapter to fit; give it a [run.lora].")
     party = open_party(config, model, threads=threads, bases=bases)
     party.check_can_begin()
-    rows = read_rows(data, config.task)[:rows_max]
+    rows = read_fit_rows(data, config)[:rows_max]
     fit_adapter(party, rows)
     facts = {"Round": f"0: fitted to {len(rows)} rows, for the run to begin from"}
     write_adapter(party.loaded, folder, ModelCard(config.model, config.run_id, facts))

@@ -113,6 +113,19 @@ def test_a_rate_is_measured_or_named() -> None:
     assert load("--probe-rows=rows.jsonl").probe_rows == Path("rows.jsonl")
 
 
+def test_a_rate_that_nobody_named_is_measured_on_rows_that_are_at_hand() -> None:
+    def rows_of(run: dict[str, Any], **given: str) -> list[str]:
+        settings = CoordinatorSettings.model_validate({"model": "base", "run": run, **given})
+        return [str(path) for path in settings.rate_rows]
+
+    at_hand = {"heldout": "heldout.jsonl", "adapter_rows": "texts.jsonl"}
+    assert rows_of({}, **at_hand) == ["texts.jsonl", "heldout.jsonl"]
+    assert rows_of({}, **at_hand, probe_rows="rows.jsonl") == ["rows.jsonl"]
+    assert rows_of({"learning_rate": 0.1}, **at_hand) == []
+    assert rows_of({"preset": "instruction"}, heldout="heldout.jsonl") == ["heldout.jsonl"]
+    assert rows_of({}) == []
+
+
 def test_the_rate_of_plain_steps_can_be_measured() -> None:
     plain = {key: value for key, value in run_values().items() if key != "learning_rate"}
     settings = CoordinatorSettings(

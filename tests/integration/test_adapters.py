@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +21,20 @@ from fedmezo_core.errors import ConfigError, FedMezoError, MismatchError
 from fedmezo_core.journal.codec import config_to_pb
 from fedmezo_core.records import Genesis
 from fedmezo_core.zo.commits import Commit
+from fedmezo_core.zo.data.rows import read_rows
 from fedmezo_core.zo.export import export_adapter
 from fedmezo_core.zo.model import loading
 from fedmezo_core.zo.model.model_card import ModelCard
 from fedmezo_core.zo.party import open_party
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.worker_settings import WorkerSettings
-from tests.integration.support.harness import config_of, scripted_workers, served
+from tests.integration.support.harness import (
+    config_of,
+    run_values,
+    scripted_workers,
+    served,
+    toml_of,
+)
 
 LORA = {"rank": 2, "alpha": 4, "target_modules": ["c_attn", "h.0.mlp.c_proj"]}
 CONFIG = config_of(rounds=2, workers_min=1, quorum=1, local_steps=1, lora=LORA)
@@ -91,6 +99,20 @@ def test_a_new_run_reads_its_base_once_to_fit_the_adapter_and_to_digest(
     assert read == [str(model_folder)]
     fitted = open_party(CONFIG, str(model_folder), adapter=tmp_path / "fitted", threads=1)
     assert fitted.base_digest.hex() == described
+
+    unlabelled = tmp_path / "texts.jsonl"
+    texts = [row.values["text"] for row in read_rows(data_files[0], CONFIG.task)]
+    unlabelled.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    orders |= {"adapter": str(tmp_path / "same"), "adapter_rows": str(unlabelled)}
+    assert replica.describe(orders)["base_digest"] == described, "the fit reads no labels"
+
+
+def test_a_fit_without_a_model_says_so(data_files: list[Path], tmp_path: Path) -> None:
+    settings = tmp_path / "coordinator.toml"
+    settings.write_text(toml_of({"run": run_values(lora={**LORA, "freeze_a": True})}))
+    flags = ["--config", str(settings), "--data", str(data_files[0])]
+    result = CliRunner().invoke(client_cli.app, ["adapter", str(tmp_path / "out"), *flags])
+    assert "model is missing" in str(result.exception)
 
 
 async def test_a_worker_without_it_is_refused(

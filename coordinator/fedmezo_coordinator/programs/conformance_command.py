@@ -155,7 +155,7 @@ def worker(
         bases = SharedBases(keeps=True)
         with fitted_adapter(settings, run, threads, bases) as adapter:
             reference = open_reference(
-                run, settings.model, data, adapter=adapter, threads=threads, bases=bases
+                run, settings.base_model, data, adapter=adapter, threads=threads, bases=bases
             )
         test = WorkerTest(
             reference.genesis, reference, likeness, correlation_min, difference_max, patience_s

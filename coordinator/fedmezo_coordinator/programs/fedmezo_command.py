@@ -348,7 +348,7 @@ def adapter(
         from fedmezo_core.zo.fitting import write_fitted_adapter
     run = settings.run_config(f"[run] in {config}", rate_comes_later=True)
     count = write_fitted_adapter(
-        run, settings.model, data, folder, rows_max=rows_max, threads=threads
+        run, settings.base_model, data, folder, rows_max=rows_max, threads=threads
     )
     assert run.lora is not None, "there is an adapter"
     say(
@@ -383,7 +383,8 @@ def export_form(
     run = settings.run_config(f"[run] in {config}", rate_comes_later=True)
     bases = SharedBases(keeps=True)
     with fitted_adapter(settings, run, threads, bases) as start:
-        party = open_party(run, settings.model, adapter=start, threads=threads, bases=bases)
+        model = settings.base_model
+        party = open_party(run, model, adapter=start, threads=threads, bases=bases)
     if gguf is None:
         name = export_onnx_form(party, folder)
     else:

@@ -11,9 +11,7 @@ from typing import Any
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.taking_home.start_adapter import fitted_adapter
 from fedmezo_core.config import RunConfig
-from fedmezo_core.zo.assignment import open_row_states
 from fedmezo_core.zo.data.rows import read_rows
-from fedmezo_core.zo.forward.row_states import SpooledRows
 from fedmezo_core.zo.model.loading import SharedBases
 from fedmezo_core.zo.party import open_party
 from fedmezo_core.zo.probing.proposal import (
@@ -22,7 +20,7 @@ from fedmezo_core.zo.probing.proposal import (
     forwards_of,
     with_enough_probes,
 )
-from fedmezo_core.zo.probing.readings import LENGTHS_MAX, passes_allowed, probe_party
+from fedmezo_core.zo.probing.readings import passes_allowed, probe_party
 
 
 @dataclass(frozen=True)
@@ -59,18 +57,13 @@ def probe_run(
     with fitted_adapter(settings, run, threads, bases) as adapter:
         party = open_party(run, model, adapter=adapter, threads=threads, bases=bases)
     party.check_can_begin()
-    row_states = None
-    if states_max := settings.replica_row_states_max:
-        row_states = open_row_states(
-            party, SpooledRows(states_max), visits=LENGTHS_MAX, batch_size=run.batch_size
-        )
     proposal, taken = probe_party(
         party,
         rows,
         workers,
         passes_max=passes,
         threads=threads,
-        row_states=row_states,
+        row_states_max=settings.replica_row_states_max,
         told=_tell,
     )
     return ProbeResult(run, workers, taken, proposal)

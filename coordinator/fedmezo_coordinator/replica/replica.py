@@ -34,7 +34,7 @@ from fedmezo_core.errors import (
 )
 from fedmezo_core.journal.codec import config_from_pb, decode_record
 from fedmezo_core.journal.journal import head_after
-from fedmezo_core.program import newest_step, worker_packages
+from fedmezo_core.program import long_step, newest_step, worker_packages
 from fedmezo_core.records import Committed, Evaluated
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription
 from fedmezo_core.wire.reconnecting import Reconnecting
@@ -101,7 +101,7 @@ def _tell(values: dict[str, Any]) -> None:
 
 
 def describe(orders: dict[str, Any]) -> dict[str, Any]:
-    """Load the base model and return its digests and sizes, and what `probe_rows` say.
+    """Load the base model and return its digests and sizes, and what the `rate_rows` say.
 
     Fits the run's adapter to `adapter_rows` first, if there are any, and checks the held-out rows.
     The base is read once for all of it.
@@ -119,7 +119,7 @@ def describe(orders: dict[str, Any]) -> dict[str, Any]:
         copy = _Copy(orders, config, bases)
         copy.party.check_can_begin()
         genesis = copy.party.genesis()
-        measured = _measured(copy.party, orders.get("probe_rows"))
+        measured = _measured(copy.party, orders)
     finally:
         logging.getLogger("fedmezo").removeHandler(warnings)
     return {
@@ -149,17 +149,33 @@ def _fit_adapter(orders: dict[str, Any], config: RunConfig, bases: SharedBases) 
     new.rename(folder)
 
 
-def _measured(party: Party, path: str | None) -> dict[str, float]:
-    """The eps and learning rate that suit the run, by the rows in `path`; empty if it is None."""
-    if path is None:
-        return {}
-    from fedmezo_core.zo.data.rows import read_rows
-    from fedmezo_core.zo.probing.readings import probe_party
+def _measured(party: Party, orders: dict[str, Any]) -> dict[str, Any]:
+    """The rate and eps that suit the run, by the first of the `rate_rows` that can tell.
 
-    config = party.config
-    rows = read_rows(path, config.task)
-    proposal, _ = probe_party(party, rows, config.workers_expected)
-    return proposal.values(normalized=config.normalized_step)
+    Without values if none can, with the reason; raises that if these are rows to probe on.
+    """
+    from fedmezo_core.zo.data.rows import read_rows
+    from fedmezo_core.zo.probing.readings import probe_for_limits, probe_party
+
+    config, why_not = party.config, ""
+    workers = config.workers_expected
+    costs = {"threads": orders["threads"], "row_states_max": orders["row_states_max"]}
+    for path in orders.get("rate_rows", ()):
+        try:
+            rows = read_rows(path, config.task)
+            with long_step(f"measuring the learning rate on {Path(path).name}"):
+                if orders["are_to_probe_on"]:
+                    proposal, _ = probe_party(party, rows, workers, **costs)
+                    values = proposal.values(normalized=config.normalized_step)
+                else:
+                    values = probe_for_limits(party, rows, workers, **costs)
+        except FedMezoError as error:
+            if orders["are_to_probe_on"]:
+                raise
+            why_not = f"{error}"
+        else:
+            return {"values": values, "rows": path, "why_not": ""}
+    return {"values": {}, "rows": "", "why_not": why_not}
 
 
 class _Warnings(logging.Handler):

@@ -18,7 +18,7 @@ from typing import Any
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.serving.status_report import ReplicaView
 from fedmezo_core.config import RunConfig, parse_run
-from fedmezo_core.errors import ConfigError, ModelError
+from fedmezo_core.errors import ModelError
 from fedmezo_core.journal.codec import config_to_pb
 from fedmezo_core.program import LongStep
 from fedmezo_core.records import Genesis
@@ -63,14 +63,17 @@ async def describe_base(
     `step` becomes whatever the child does, such as fitting the adapter.
 
     The child also fits the adapter if there are `adapter_rows`, checks the held-out rows, and
-    measures the values that `settings.run` leaves open if there are `probe_rows`. Raises the
+    measures the rate and eps that `settings.run` leaves open if there are `rate_rows`. Raises the
     `FedMezoError` that the child ended with, and `ConfigError` at once if a file is not there.
     """
-    if not settings.model:
-        raise ConfigError(
-            "model is missing; set it to a Hugging Face name or a model folder, "
-            "for example --model HuggingFaceTB/SmolLM2-135M."
-        )
+    orders = _orders(
+        settings,
+        model=settings.base_model,
+        config=config_to_pb(config).SerializeToString().hex(),
+        rate_rows=[str(rows) for rows in settings.rate_rows],
+        are_to_probe_on=settings.probe_rows is not None,
+        adapter_rows=None if settings.adapter_rows is None else str(settings.adapter_rows),
+    )
     settings.check_files_are_there()  # Before the child loads a model, which can take minutes.
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", _MODULE, "describe"),
@@ -83,13 +86,6 @@ async def describe_base(
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
-        rows, texts = settings.probe_rows, settings.adapter_rows
-        orders = _orders(
-            settings,
-            config=config_to_pb(config).SerializeToString().hex(),
-            probe_rows=None if rows is None else str(rows),
-            adapter_rows=None if texts is None else str(texts),
-        )
         # The child's input stays open, because the child ends when its input does.
         with contextlib.suppress(ConnectionError):
             process.stdin.write(orders)
@@ -105,11 +101,14 @@ async def describe_base(
     answer = json.loads(told)
     for warning in answer["warnings"]:
         log.warning("%s", warning)
-    measured = {key: value for key, value in answer["measured"].items() if key not in settings.run}
+    found = answer["measured"]
+    measured = {key: value for key, value in found["values"].items() if key not in settings.run}
     if measured:
         shown = ", ".join(f"{key} = {value:g}" for key, value in measured.items())
-        log.info("measured on %s: %s", rows, shown)
+        log.info("measured on %s: %s", found["rows"], shown)
         config = parse_run({**config.model_dump(), **measured}, "the measured values", config)
+    elif found["why_not"]:
+        warn_of_unmeasured_rate(found["why_not"], config)
     if config.lora is not None:
         named = {"target_modules": tuple(answer["target_modules"])}
         config = config.model_copy(update={"lora": config.lora.model_copy(update=named)})
@@ -121,6 +120,16 @@ async def describe_base(
         trainable_elements=answer["trainable_elements"],
         trainable_bytes=answer["trainable_bytes"],
         tokenizer_parts=tuple(map(bytes.fromhex, answer["tokenizer_parts"])),
+    )
+
+
+def warn_of_unmeasured_rate(why: str, config: RunConfig) -> None:
+    """Warn that a new run's rate, which its user did not set, knows nothing of the model."""
+    log.warning(
+        "the learning rate is %g, which was not measured (%s); it may be far too long or too short "
+        "for this model (docs/choosing.md)",
+        config.learning_rate,
+        why.removesuffix("."),
     )
 
 

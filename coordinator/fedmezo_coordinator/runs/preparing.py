@@ -16,7 +16,11 @@ from fedmezo_coordinator.coordinator_settings import (
     no_loss_is_seen,
 )
 from fedmezo_coordinator.daemon import Daemon
-from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_base
+from fedmezo_coordinator.replica.supervisor import (
+    ReplicaSupervisor,
+    describe_base,
+    warn_of_unmeasured_rate,
+)
 from fedmezo_coordinator.runs.hosted_run import OfferedFile
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.companions import Companions
@@ -45,11 +49,8 @@ async def begun(settings: CoordinatorSettings, journal: Journal) -> Companions:
             "run begins from no adapter; set adapter_rows, to which they are fitted, or adapter"
         )
     log.info("new run %s: loading %s to digest its base", config.run_id, config.model)
-    if settings.probe_rows is None and "learning_rate" not in settings.contract:
-        log.info(
-            "no learning_rate is set: it is %g, with normalised steps (docs/choosing.md)",
-            config.learning_rate,
-        )
+    if "learning_rate" not in settings.contract and not settings.rate_rows:
+        warn_of_unmeasured_rate("there are no rows for that; set probe_rows", config)
     with long_step(f"loading {config.model} to digest its base") as step:
         genesis = await describe_base(settings, config, step)
     journal.append(encode_records([genesis]))

@@ -14,11 +14,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedmezo_core.config import TaskConfig
+from fedmezo_core.config import RunConfig, TaskConfig
 from fedmezo_core.errors import DataError
 from fedmezo_core.program import long_step
 
@@ -146,6 +146,19 @@ def read_rows(
         plain_numbers=task.columns_are_plain,
         names=names,
     )
+
+
+def read_fit_rows(path: str | Path, config: RunConfig) -> list[Example]:
+    """Read rows to fit a run's adapter to. They need no labels where the fit reads none.
+
+    All rows then have the first label of the run. Raises as `read_rows` does.
+    """
+    task = config.task
+    if config.fit_reads_answers:
+        return read_rows(path, task)
+    rows = read_examples(path, task.columns(), plain_numbers=task.columns_are_plain)
+    label = {task.label_column: next(iter(task.verbalizers))}
+    return [replace(row, values=label | row.values) for row in rows]
 
 
 def read_examples(

@@ -247,6 +247,37 @@ def propose(readings: Sequence[Reading], config: RunConfig, workers: int) -> Pro
     )
 
 
+def limited_values(
+    readings: Sequence[Reading], config: RunConfig, workers: int
+) -> dict[str, float]:
+    """The contract's learning rate, or a shorter one that the readings propose, and their eps.
+
+    If rounding drowns the projected gradients, nothing is proposed, and the rate of normalised
+    steps is at most `longest_rate`. Then there is no eps. Raises as `propose` does, but for that.
+    """
+    try:
+        values = propose(readings, config, workers).values(normalized=config.normalized_step)
+    except MeasurementError:
+        if not config.normalized_step:
+            raise
+        values = {"learning_rate": float(f"{longest_rate(readings, config, workers):.2g}")}
+    return {**values, "learning_rate": min(config.learning_rate, values["learning_rate"])}
+
+
+def longest_rate(readings: Sequence[Reading], config: RunConfig, workers: int) -> float:
+    """The rate of normalised steps at which the run's walk costs `COST_SHARE_MAX` of the loss.
+
+    It takes no projected gradients, so it stands where rounding drowns these. Raises
+    `MeasurementError` if the loss at W is NaN or infinite, or no direction changes it.
+    """
+    loss, reports = reports_of(readings)
+    _check_effect(reports)
+    length = _largest(lambda length: cost_at(reports, length, loss) <= COST_SHARE_MAX * abs(loss))
+    rate = length / _Travel.of(config, workers).walk
+    seen_loss = loss if config.report_losses and loss > 0 else usual_loss(config)
+    return rate_of_step(config, directions_of(config, workers), rate, 0.0, seen_loss)
+
+
 def cost_at(reports: Sequence[LengthReport], length: float, loss: float) -> float:
     """What a walk of `length` costs, in nats, between and beyond the lengths that were measured.
 
@@ -293,14 +324,18 @@ def difference_of(readings: Sequence[Reading], length: float, other: float) -> f
     return difference / size if 0 < size < math.inf else math.inf
 
 
-def _eps(reports: Sequence[LengthReport], config: RunConfig) -> float:
-    """The sound length nearest to the contract's eps."""
+def _check_effect(reports: Sequence[LengthReport]) -> None:
     if all(report.grad == 0 for report in reports):
         raise MeasurementError(
             "No direction changes the loss: all losses are equal at every length. What the run "
             "trains has no effect, or dtype rounds it away; check train, lora and the adapter, or "
             "use float32."
         )
+
+
+def _eps(reports: Sequence[LengthReport], config: RunConfig) -> float:
+    """The sound length nearest to the contract's eps."""
+    _check_effect(reports)
     best = min(report.disagreement for report in reports)
     if best > DISAGREEMENT_MAX:
         raise MeasurementError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,11 +10,11 @@ from typing import Final
 
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, DataError, MeasurementError
-from fedmezo_core.zo.assignment import open_batches, open_estimator
+from fedmezo_core.zo.assignment import open_batches, open_estimator, open_row_states
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch
 from fedmezo_core.zo.estimator import Estimator
-from fedmezo_core.zo.forward.row_states import RowStates
+from fedmezo_core.zo.forward.row_states import SpooledRows
 from fedmezo_core.zo.party import Party
 from fedmezo_core.zo.probing.proposal import (
     AGREEMENT,
@@ -22,6 +23,7 @@ from fedmezo_core.zo.probing.proposal import (
     Reading,
     difference_of,
     forwards_of,
+    limited_values,
     propose,
     reports_of,
 )
@@ -39,6 +41,11 @@ _TEST_PASSES: Final = 4
 """The estimator's test whether points can share a pass."""
 
 
+def passes_of(config: RunConfig, workers: int) -> int:
+    """Forward passes that are `SHARE_MAX` of those of a run of `workers` workers."""
+    return int(SHARE_MAX * forwards_of(config, workers))
+
+
 def passes_allowed(config: RunConfig, workers: int, passes_max: int | None) -> int:
     """Most forward passes of a probe; raises `ConfigError` if the run cannot be probed with them.
 
@@ -49,11 +56,11 @@ def passes_allowed(config: RunConfig, workers: int, passes_max: int | None) -> i
             f"A probe measures losses, and this run scores batches by {config.task.objective}; "
             "choose its learning_rate by trial."
         )
-    run = forwards_of(config, workers)
-    allowed = int(SHARE_MAX * run) if passes_max is None else passes_max
+    allowed = passes_of(config, workers) if passes_max is None else passes_max
     if allowed < PASSES_MIN:
         given = f"--passes gives it {allowed}"
         if passes_max is None:
+            run = forwards_of(config, workers)
             given = f"{SHARE_MAX:.0%} of this run's {run} are {allowed}"
         raise ConfigError(
             f"A probe takes at least {PASSES_MIN} forward passes of a batch, and {given}; give "
@@ -69,15 +76,51 @@ def probe_party(
     *,
     passes_max: int | None = None,
     threads: int | None = None,
-    row_states: RowStates | None = None,
+    row_states_max: int = 0,
     told: Callable[[str], None] = lambda _: None,
 ) -> tuple[Proposal, int]:
     """Probe for a run of `workers` workers with the contract and at the base of `party`.
 
     Returns the proposal and how many forward passes it took. Arguments are those of `Probe` and
-    `open_estimator`; `rows` are like the workers'. Raises `DataError` if they are too few, and as
-    `Probe` and `propose` do.
+    `open_estimator`; `rows` are like the workers'. row_states_max: most bytes of a temporary file
+    for the states of rows. Raises `DataError` if the rows are too few, and as `Probe` and `propose`
+    do.
     """
+    probe = _probe_of(party, rows, workers, passes_max, threads, row_states_max, told)
+    return propose(probe.readings(), party.config, workers), probe.passes
+
+
+def probe_for_limits(
+    party: Party,
+    rows: Sequence[Example],
+    workers: int,
+    *,
+    threads: int | None = None,
+    row_states_max: int = 0,
+) -> dict[str, float]:
+    """The contract's learning rate, or a shorter one if `rows` show that it is too long; and eps.
+
+    As `limited_values` says. Arguments are those of `probe_party`. Even a short run takes
+    `PASSES_MIN` passes. Raises as `probe_party` does, and `limited_values`.
+    """
+    config = party.config
+    passes_max = max(PASSES_MIN, passes_of(config, workers))
+    probe = _probe_of(party, rows, workers, passes_max, threads, row_states_max)
+    # What it took until then tells why it ends, or is enough.
+    with contextlib.suppress(MeasurementError):
+        probe.readings()
+    return limited_values(probe.taken, config, workers)
+
+
+def _probe_of(
+    party: Party,
+    rows: Sequence[Example],
+    workers: int,
+    passes_max: int | None,
+    threads: int | None,
+    row_states_max: int,
+    told: Callable[[str], None] = lambda _: None,
+) -> Probe:
     config = party.config
     if len(rows) < 2 * config.batch_size:
         raise DataError(
@@ -91,9 +134,13 @@ def probe_party(
 
     # The slope of a loss and its curvature need a point on either side of the weights.
     two_sided = replace(party, config=config.model_copy(update={"estimator": "two_sided"}))
+    row_states = None
+    if row_states_max:
+        row_states = open_row_states(
+            party, SpooledRows(row_states_max), visits=LENGTHS_MAX, batch_size=config.batch_size
+        )
     estimator = open_estimator(two_sided, threads=threads, row_states=row_states)
-    probe = Probe(estimator, batch_of, config, workers, passes_max=passes_max, told=told)
-    return propose(probe.readings(), config, workers), probe.passes
+    return Probe(estimator, batch_of, config, workers, passes_max=passes_max, told=told)
 
 
 class Probe:
@@ -124,7 +171,8 @@ class Probe:
         self._workers = workers
         self._told = told
         self._count = max(2, min(DIRECTIONS_MAX, self.passes_max // 40))
-        self._readings: list[Reading] = []
+        self.taken: list[Reading] = []
+        """All readings so far."""
 
     def readings(self) -> list[Reading]:
         """Measure, within the budget; raises as `propose` does."""
@@ -145,17 +193,17 @@ class Probe:
             longest *= STEP**2 if self._is_near(longest) else STEP
             self._read(0, batch, longest)
         below = longest / STEP  # Perhaps it was left out.
-        is_new = all(reading.length != below for reading in self._readings)
+        is_new = all(reading.length != below for reading in self.taken)
         if is_new and math.isinf(self._cost_share(longest)) and self._may_read():
             self._read(0, batch, below)
         self._read_fresh_batches()
-        return self._readings
+        return self.taken
 
     def _read_fresh_batches(self) -> None:
         """Measure on other rows too, at the lengths that the proposal is about."""
         for number in range(1, FRESH_BATCHES_MAX + 1):
             # What was measured last says where it matters now.
-            found = propose(self._readings, self._config, self._workers)
+            found = propose(self.taken, self._config, self._workers)
             walk = float(f"{found.walk_length:.2g}")
             lengths = sorted({found.eps, walk, 2 * walk})
             if self.passes + len(lengths) * 2 * self._count > self.passes_max:
@@ -166,18 +214,18 @@ class Probe:
 
     def _is_near(self, length: float) -> bool:
         """Whether the loss is nearly linear as far as `length`, so that one can be left out."""
-        _, reports = reports_of(self._readings)
+        _, reports = reports_of(self.taken)
         below = max(report.length for report in reports if report.length < length)
-        agrees = difference_of(self._readings, below, length) <= AGREEMENT
+        agrees = difference_of(self.taken, below, length) <= AGREEMENT
         return agrees and self._cost_share(length) < COST_SHARE_MAX / 300
 
     def _may_read(self) -> bool:
-        lengths = len({reading.length for reading in self._readings})
+        lengths = len({reading.length for reading in self.taken})
         return lengths < LENGTHS_MAX and self.passes + 2 * self._count <= self.passes_max
 
     def _cost_share(self, length: float) -> float:
         """What a length that was measured costs, as a part of the loss at W."""
-        loss, reports = reports_of(self._readings)
+        loss, reports = reports_of(self.taken)
         cost = next(report.cost for report in reports if report.length == length)
         return abs(cost / loss) if math.isfinite(cost) and loss else math.inf
 
@@ -191,8 +239,8 @@ class Probe:
         except MeasurementError:
             plus = minus = (math.inf,) * len(seeds)
         self.passes += 2 * len(seeds)
-        self._readings.append(Reading(number, length, plus, minus))
+        self.taken.append(Reading(number, length, plus, minus))
         self._told(
-            f"batch {number + 1}, {length:.2g} away: mean loss {self._readings[-1].middle:.4f} "
+            f"batch {number + 1}, {length:.2g} away: mean loss {self.taken[-1].middle:.4f} "
             f"({self.passes} of at most {self.passes_max} passes)"
         )

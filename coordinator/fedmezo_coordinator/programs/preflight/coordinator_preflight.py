@@ -18,7 +18,13 @@ from pathlib import Path
 
 from pydantic_settings import SettingsConfigDict
 
-from fedmezo.preflight.check_report import Report, ReportSettings, duration, report_program
+from fedmezo.preflight.check_report import (
+    Report,
+    ReportSettings,
+    counted,
+    duration,
+    report_program,
+)
 from fedmezo.preflight.host_checks import (
     check_folder,
     check_memory,
@@ -49,7 +55,7 @@ from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.service.host_memory import memory_available
 from fedmezo_core.trust.certificates import lifetime_s
-from fedmezo_core.zo.data.rows import read_rows
+from fedmezo_core.zo.data.rows import read_fit_rows, read_rows
 
 SNAPSHOTS_ON_DISK = 3
 """Snapshots that lie in their folder at the same time: two whole ones, and one that is written."""
@@ -266,8 +272,12 @@ def _check_rows(settings: CoordinatorSettings, config: RunConfig, report: Report
         if path is None:
             continue
         with report.failing("rows"):
-            rows = read_rows(path, config.task)
-            check_labels(report, whose, rows, config)
+            if whose == "adapter_rows" and not config.fit_reads_answers:
+                rows = read_fit_rows(path, config)
+                report.ok("rows", f"{whose}: {counted(len(rows), 'row')}", row_count=len(rows))
+            else:
+                rows = read_rows(path, config.task)
+                check_labels(report, whose, rows, config)
             check_repeated(report, whose, rows, config.task)
     if settings.heldout is None and settings.has_replica:
         report.warning(
@@ -303,7 +313,12 @@ async def _check_base(
         if not settings.has_replica:
             return
         # The journal has the rate, and the adapter is there.
-        known = {"probe_rows": None, "adapter_rows": None, "adapter": settings.begins_from}
+        known = {
+            "probe_rows": None,
+            "adapter_rows": None,
+            "adapter": settings.begins_from,
+            "run": {**settings.run, "learning_rate": config.learning_rate},
+        }
         settings = settings.model_copy(update=known)
     free = memory_available()
     began_s = time.monotonic()
@@ -328,11 +343,11 @@ async def _check_base(
                 f"The {what} loaded here differ from the journal's run: {digests}; load the same "
                 "files of the model, and the same adapter or none.",
             )
-    elif settings.probe_rows is not None:
+    elif settings.rate_rows:
         rate, eps = described.config.learning_rate, described.config.eps
         report.ok(
             "probe",
-            f"the rows suit learning_rate = {rate:g} and eps = {eps:g}",
+            f"the run takes learning_rate = {rate:g} and eps = {eps:g}",
             learning_rate=rate,
             eps=eps,
         )

@@ -53,7 +53,7 @@ def fitted_adapter(
     """The folder of the adapter that the run of these settings begins from, or would.
 
     Before the run has begun, one is fitted for the time being; that takes torch, and the base,
-    which is in `bases` then.
+    which is in `bases` then. Raises `ConfigError` if that base has no name.
     """
     folder, rows = settings.begins_from, settings.adapter_rows
     if folder is None or rows is None or folder.is_dir():
@@ -63,7 +63,8 @@ def fitted_adapter(
 
     with tempfile.TemporaryDirectory(prefix="fedmezo-") as temporary:
         fitted = Path(temporary) / "adapter"
-        write_fitted_adapter(run, settings.model, rows, fitted, threads=threads, bases=bases)
+        model = settings.base_model
+        write_fitted_adapter(run, model, rows, fitted, threads=threads, bases=bases)
         yield fitted
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -115,3 +117,32 @@ async def test_a_coordinator_measures_the_rate_of_a_new_run(
     fixed = settings.model_copy(update={"run": settings.run | {"eps": 2e-3}})
     genesis = await describe_base(fixed, fixed.run_config("the test"))
     assert genesis.config.eps == 2e-3, "what [run] names is not measured"
+
+
+async def test_a_run_without_a_rate_is_measured_on_the_rows_at_hand(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fedmezo")
+    short = RUN.replace("rounds = 100", "rounds = 3").replace("local_steps = 2", "local_steps = 1")
+    run = {**tomllib.loads(short), "task": tomllib.loads(TASK)["run"]["task"]}
+    labelled = write_rows(tmp_path / "rows.jsonl", count=60)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(f'{{"text": "A film, number {n}."}}\n' for n in range(60)))
+    adapted = run | {"lora": {"rank": 2, "alpha": 2, "freeze_a": True, "target_modules": ["c_fc"]}}
+
+    async def rates_of(**settings: Any) -> tuple[float, float]:
+        """The rate of the contract alone, and that of the run."""
+        given = CoordinatorSettings.model_validate({"model": str(folder), **settings})
+        config = given.run_config("the test")
+        return config.learning_rate, (await describe_base(given, config)).config.learning_rate
+
+    own, taken = await rates_of(run=run, heldout=labelled)
+    assert taken <= own
+    assert f"measured on {labelled}: " in caplog.text
+    assert "was not measured" not in caplog.text
+
+    journal = str(tmp_path / "journal.db")
+    own, taken = await rates_of(run=adapted, adapter_rows=texts, journal=journal)
+    assert taken == own
+    said = f"is {own:g}, which was not measured ({texts} has no column label"
+    assert said in caplog.text

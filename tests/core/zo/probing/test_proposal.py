@@ -12,12 +12,14 @@ import pytest
 from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import MeasurementError
 from fedmezo_core.machines.aggregate import step_factor
+from fedmezo_core.machines.rates import schedule_factor
 from fedmezo_core.zo.probing.proposal import (
     COST_SHARE_MAX,
     Proposal,
     Reading,
     directions_of,
     forwards_of,
+    limited_values,
     propose,
     with_enough_probes,
 )
@@ -206,6 +208,33 @@ def test_losses_that_say_nothing_are_refused(
 ) -> None:
     with pytest.raises(MeasurementError, match=sentence):
         propose(readings_of(loss_at), config_of(), 4)
+
+
+def test_a_rate_is_shortened_where_readings_show_that_it_is_too_long() -> None:
+    readings = readings_of(curved(0.5))
+    found = propose(readings, config_of(), 4).values(normalized=True)
+    assert limited_values(readings, config_of(learning_rate=100.0), 4) == found
+    short = limited_values(readings, config_of(learning_rate=1e-6), 4)
+    assert short == found | {"learning_rate": 1e-6}
+
+
+def test_a_rate_is_shortened_by_its_cost_alone_where_rounding_drowns_the_slopes() -> None:
+    def drowned(length: float, slope: float) -> float:
+        return curved(0.5)(length, 0.0) + 1e-2 * math.sin(slope * 1e9 * length)
+
+    readings, config = readings_of(drowned), config_of(learning_rate=100.0)
+    with pytest.raises(MeasurementError, match="rounding drowns"):
+        propose(readings, config, 4)
+    found = limited_values(readings, config, 4)
+    assert found.keys() == {"learning_rate"}
+    steps = sum(schedule_factor(config, t) ** 2 for t in range(1, 61))
+    walk = found["learning_rate"] * math.sqrt(steps / 100)
+    assert curved(0.5)(walk, 0.0) == pytest.approx(1 + COST_SHARE_MAX, abs=0.005)
+    plain = config_of(learning_rate=100.0, normalized_step=False)
+    with pytest.raises(MeasurementError, match="rounding drowns"):
+        limited_values(readings, plain, 4)
+    with pytest.raises(MeasurementError, match="No direction changes the loss"):
+        limited_values(readings_of(lambda _length, _slope: 1.0), config, 4)
 
 
 def test_one_sided_runs_with_few_probes_get_more_of_them_for_the_same_passes() -> None:
