@@ -409,7 +409,8 @@ class CoordinatorSettings(ServingSettings):
         if not self.model:
             raise ConfigError(
                 "model is missing; set it to a Hugging Face name or a model folder, for example "
-                'model = "HuggingFaceTB/SmolLM2-135M" above [run].'
+                'model = "HuggingFaceTB/SmolLM2-135M" above [run], or with --model of '
+                "fedmezo-coordinator."
             )
         return self.model
 

@@ -299,7 +299,10 @@ async def test_the_coordinator_warns_of_its_held_out_rows_too(
     path = tmp_path / "heldout.jsonl"
     path.write_text('{"text": "' + "good " * 40 + '", "label": "positive"}\n')
     settings = CoordinatorSettings(
-        journal=str(tmp_path / "journal.db"), model=str(model_folder), heldout=path
+        journal=str(tmp_path / "journal.db"),
+        model=str(model_folder),
+        heldout=path,
+        run=run_values(),
     )
     await describe_base(settings, config_of())
     [said] = [one for one in caplog.records if one.name == "fedmezo.coordinator"]

@@ -27,6 +27,8 @@ from fedmezo_core.machines.rates import schedule_factor
 
 COST_SHARE_MAX: Final = 0.075
 """Most that the walk of a whole run may cost, as a part of the loss before it."""
+BLIND_COST_SHARE_MAX: Final = 0.015
+"""The same where nobody knows what the run may gain: the least that good walks cost (0028)."""
 COST_PER_GAIN: Final = 0.05
 """What the walk may cost over sqrt(gain * loss), where `gain` is what the gradient would gain if it
 stayed as it is. Real gains over a run grow with about the root of that (decision 0028)."""
@@ -265,14 +267,16 @@ def limited_values(
 
 
 def longest_rate(readings: Sequence[Reading], config: RunConfig, workers: int) -> float:
-    """The rate of normalised steps at which the run's walk costs `COST_SHARE_MAX` of the loss.
+    """The rate of normalised steps at which the run's walk costs as much as is safe.
 
-    It takes no projected gradients, so it stands where rounding drowns these. Raises
-    `MeasurementError` if the loss at W is NaN or infinite, or no direction changes it.
+    That is `BLIND_COST_SHARE_MAX` of the loss. It takes no projected gradients, so it stands where
+    rounding drowns these. Raises `MeasurementError` if the loss at W is NaN or infinite, or no
+    direction changes it.
     """
     loss, reports = reports_of(readings)
     _check_effect(reports)
-    length = _largest(lambda length: cost_at(reports, length, loss) <= COST_SHARE_MAX * abs(loss))
+    cost_max = BLIND_COST_SHARE_MAX * abs(loss)
+    length = _largest(lambda length: cost_at(reports, length, loss) <= cost_max)
     rate = length / _Travel.of(config, workers).walk
     seen_loss = loss if config.report_losses and loss > 0 else usual_loss(config)
     return rate_of_step(config, directions_of(config, workers), rate, 0.0, seen_loss)

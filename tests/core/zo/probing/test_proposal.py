@@ -14,6 +14,7 @@ from fedmezo_core.errors import MeasurementError
 from fedmezo_core.machines.aggregate import step_factor
 from fedmezo_core.machines.rates import schedule_factor
 from fedmezo_core.zo.probing.proposal import (
+    BLIND_COST_SHARE_MAX,
     COST_SHARE_MAX,
     Proposal,
     Reading,
@@ -229,7 +230,7 @@ def test_a_rate_is_shortened_by_its_cost_alone_where_rounding_drowns_the_slopes(
     assert found.keys() == {"learning_rate"}
     steps = sum(schedule_factor(config, t) ** 2 for t in range(1, 61))
     walk = found["learning_rate"] * math.sqrt(steps / 100)
-    assert curved(0.5)(walk, 0.0) == pytest.approx(1 + COST_SHARE_MAX, abs=0.005)
+    assert curved(0.5)(walk, 0.0) == pytest.approx(1 + BLIND_COST_SHARE_MAX, abs=0.002)
     plain = config_of(learning_rate=100.0, normalized_step=False)
     with pytest.raises(MeasurementError, match="rounding drowns"):
         limited_values(readings, plain, 4)
