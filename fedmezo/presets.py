@@ -238,10 +238,8 @@ def preset_toml(preset: Preset) -> str:
     """The lines of a TOML file that the preset stands for, from `[run]` on."""
     lines = [f"# {preset.purpose}", *(f"# {line}" for line in wrap(preset.result, 96))]
     if "learning_rate" not in preset.values:
-        lines += [
-            "# The learning rate follows from the number of rounds, workers and probes.",
-            "# The coordinator shortens it if its rows show that it is too long for the model.",
-        ]
+        lines.append("# The learning rate follows from the number of rounds, workers and probes.")
+    lines.append("# The coordinator shortens the rate if its rows show that it is too long.")
     tables = {"run": preset.values}
     for key, value in preset.values.items():
         if isinstance(value, Mapping):

@@ -254,8 +254,8 @@ class CoordinatorSettings(ServingSettings):
     probe_rows: UserPath | None = Field(
         default=None,
         description="rows like the workers', on which a new run's learning_rate (and eps, if [run] "
-        "names none) is measured before it begins, as by fedmezo probe; none: where the contract "
-        "has no rate, adapter_rows or heldout",
+        "names none) is measured before it begins, as by fedmezo probe; none: adapter_rows or "
+        "heldout may shorten a rate that [run] does not name",
     )
     evaluate_every_rounds: int = Field(
         default=10, ge=1, description="rounds between two evaluations"

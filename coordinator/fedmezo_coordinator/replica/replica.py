@@ -152,7 +152,7 @@ def _fit_adapter(orders: dict[str, Any], config: RunConfig, bases: SharedBases) 
 def _measured(party: Party, orders: dict[str, Any]) -> dict[str, Any]:
     """The rate and eps that suit the run, by the first of the `rate_rows` that can tell.
 
-    Without values if none can, with the reason; raises that if these are rows to probe on.
+    Without values if none can, with the reason; raises that if the orders say `must_measure`.
     """
     from fedmezo_core.zo.data.rows import read_rows
     from fedmezo_core.zo.probing.readings import probe_for_limits, probe_party
@@ -164,13 +164,13 @@ def _measured(party: Party, orders: dict[str, Any]) -> dict[str, Any]:
         try:
             rows = read_rows(path, config.task)
             with long_step(f"measuring the learning rate on {Path(path).name}"):
-                if orders["are_to_probe_on"]:
+                if orders["must_measure"]:
                     proposal, _ = probe_party(party, rows, workers, **costs)
                     values = proposal.values(normalized=config.normalized_step)
                 else:
                     values = probe_for_limits(party, rows, workers, **costs)
         except FedMezoError as error:
-            if orders["are_to_probe_on"]:
+            if orders["must_measure"]:
                 raise
             why_not = f"{error}"
         else:

@@ -71,7 +71,7 @@ async def describe_base(
         model=settings.base_model,
         config=config_to_pb(config).SerializeToString().hex(),
         rate_rows=[str(rows) for rows in settings.rate_rows],
-        are_to_probe_on=settings.probe_rows is not None,
+        must_measure=settings.probe_rows is not None,
         adapter_rows=None if settings.adapter_rows is None else str(settings.adapter_rows),
     )
     settings.check_files_are_there()  # Before the child loads a model, which can take minutes.

@@ -227,12 +227,6 @@ def propose(readings: Sequence[Reading], config: RunConfig, workers: int) -> Pro
     length = _largest(is_short)
     normalized = length / travel.walk
     plain = PLAIN_FACTOR * normalized / grad
-    directions = directions_of(config, workers)
-    seen_loss = loss if config.report_losses and loss > 0 else usual_loss(config)
-
-    def rate_of(rate: float, gain: float) -> float:
-        return rate_of_step(config, directions, rate, gain, seen_loss)
-
     # A walk of this length with s times the rounds gains sqrt(s) times as much.
     factor = min(ROUNDS_FACTOR_MAX, (LONG_RUN_GAIN * loss / gain(length)) ** 2)
     return Proposal(
@@ -243,8 +237,8 @@ def propose(readings: Sequence[Reading], config: RunConfig, workers: int) -> Pro
         walk_length=length,
         walk_cost=cost_at(reports, length, loss),
         eps=eps,
-        plain_rate=rate_of(plain, plain * grad * grad),
-        normalized_rate=rate_of(normalized, normalized * grad),
+        plain_rate=_rate_in(config, workers, plain, plain * grad * grad, loss),
+        normalized_rate=_rate_in(config, workers, normalized, normalized * grad, loss),
         rounds_enough=max(1, math.ceil(config.rounds * factor)),
     )
 
@@ -277,9 +271,16 @@ def longest_rate(readings: Sequence[Reading], config: RunConfig, workers: int) -
     _check_effect(reports)
     cost_max = BLIND_COST_SHARE_MAX * abs(loss)
     length = _largest(lambda length: cost_at(reports, length, loss) <= cost_max)
-    rate = length / _Travel.of(config, workers).walk
+    return _rate_in(config, workers, length / _Travel.of(config, workers).walk, 0.0, loss)
+
+
+def _rate_in(config: RunConfig, workers: int, rate: float, gain: float, loss: float) -> float:
+    """The contract's learning rate for steps as long as `rate` alone makes them.
+
+    `gain` is what such a step gains; it and `loss` are in nats.
+    """
     seen_loss = loss if config.report_losses and loss > 0 else usual_loss(config)
-    return rate_of_step(config, directions_of(config, workers), rate, 0.0, seen_loss)
+    return rate_of_step(config, directions_of(config, workers), rate, gain, seen_loss)
 
 
 def cost_at(reports: Sequence[LengthReport], length: float, loss: float) -> float:

@@ -130,8 +130,11 @@ async def test_a_rate_that_nobody_set_is_told(
     with pytest.raises(ModelError):
         await coordinator_command.run(settings)
     own = settings.run_config("the test").learning_rate
-    said = f"is {own:g}, which was not measured (there are no rows for that; set probe_rows)"
-    assert (said in caplog.text) == (rate is None)
+    said = (
+        f"the learning rate is {own:g}, which was not measured (there are no rows for that; set "
+        "probe_rows); it may be far too long or too short for this model (docs/choosing.md)"
+    )
+    assert (said in caplog.messages) == (rate is None)
 
 
 async def test_a_base_that_cannot_be_loaded_ends_it_with_that_error(starting: Starting) -> None:
