@@ -29,7 +29,7 @@ from tests.integration.support.harness import (
 )
 
 if TYPE_CHECKING:
-    from playwright.async_api import Page
+    from playwright.async_api import Page, Route
 
 skip_without_browser()
 
@@ -218,6 +218,38 @@ async def test_ten_thousand_rounds_and_a_thousand_workers_stay_usable() -> None:
         run.commit()
         await says(tab, "#progress-text", "10,001 of 12,000")
         await looks_right(tab)
+
+
+async def test_an_answer_that_comes_late_undoes_no_click() -> None:
+    """Neither another page nor another run is lost while the table loads."""
+    first, second = MadeRun("first", 10, 120), MadeRun("second", 10, 3)
+    held, may_go_on = asyncio.Event(), asyncio.Event()
+    may_go_on.set()
+
+    async def pass_on(route: Route) -> None:
+        answer = await route.fetch()
+        held.set()
+        await may_go_on.wait()
+        await route.fulfill(response=answer)
+
+    async def hold() -> None:
+        may_go_on.clear()
+        held.clear()
+        await held.wait()
+
+    async with headless() as browser, made(first, second) as url, tab_of(browser, **DESKTOP) as tab:
+        await tab.route("**/workers?*", pass_on)
+        await tab.goto(url + "#run=first")
+        await says(tab, "#pager-text", "120 workers, page 1 of 3")
+        await hold()
+        await tab.get_by_role("button", name="Next").click()
+        may_go_on.set()
+        await says(tab, "#pager-text", "120 workers, page 2 of 3")
+        await hold()
+        await tab.locator(".runs a", has_text="second").click()
+        await says(tab, "#run-name", "second")
+        may_go_on.set()
+        await says(tab, "#pager-text", "3 workers, page 1 of 1")
 
 
 async def test_a_text_of_the_run_is_never_code(tmp_path: Path) -> None:

@@ -285,19 +285,24 @@ function drawCurves() {
 
 // ------------------------------------------------------------ workers
 
+function question() { return String(new URLSearchParams({ run: shown, ...query })); }
+
 async function loadWorkers() {
   if (!shown || fetching || document.hidden) return;
   fetching = true;
-  const asked = JSON.stringify(query);
+  const asked = question();
+  let found = null;
   try {
-    const answer = await fetch(`/workers?${new URLSearchParams({ run: shown, ...query })}`);
-    if (answer.ok) showWorkers(await answer.json());
+    const answer = await fetch(`/workers?${asked}`);
+    if (answer.ok) found = await answer.json();
   } catch {
     // The stream says that there is no connection.
   } finally {
     fetching = false;
   }
-  if (asked !== JSON.stringify(query)) loadWorkers();
+  // Somebody asked for something else in the meantime: this answer would undo that.
+  if (asked !== question()) loadWorkers();
+  else if (found) showWorkers(found);
 }
 
 function showWorkers(found) {
