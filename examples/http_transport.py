@@ -82,7 +82,9 @@ def main(model: str, *files: str) -> None:
         "tokens_max": 64,
     }
     contract = {"run_id": "http", "model": model, "task": task, "rounds": 5, "batch_size": 4}
-    genesis = fedmezo.begin_run(contract | {"workers_min": len(files), "quorum": len(files)}, model)
+    contract |= {"workers_min": len(files), "quorum": len(files)}
+    # For a model and rows of one's own the rows would be held-out ones, not a worker's.
+    genesis = fedmezo.begin_run(contract, model, rate_rows=files[0])
     coordinator = Coordinator(genesis)
     server = serve(coordinator)
     url = f"http://127.0.0.1:{server.server_address[1]}/"

@@ -25,7 +25,9 @@ TASK = {
 def main(model: str, *files: str) -> None:
     """Train with one worker for each file, and check that all end with the same weights."""
     contract = {"run_id": "loop", "model": model, "task": TASK, "rounds": 5, "batch_size": 4}
-    genesis = fedmezo.begin_run(contract | {"workers_min": len(files), "quorum": len(files)}, model)
+    contract |= {"workers_min": len(files), "quorum": len(files)}
+    # For a model and rows of one's own the rows would be held-out ones, not a worker's.
+    genesis = fedmezo.begin_run(contract, model, rate_rows=files[0])
     coordinator = Coordinator(genesis)
     engines = {
         f"worker-{k}": TorchEngine(genesis, f"worker-{k}", model, file)

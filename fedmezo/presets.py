@@ -18,6 +18,7 @@ from fedmezo_core.config import (
     DEEP_VALUES,
     LAST_DOWN,
     LAST_UP,
+    PLACES,
     RunConfig,
     asks_for_sums,
     parse_run,
@@ -219,6 +220,53 @@ def parse_contract(
     return parse_run(
         with_preset(given), where, rate_comes_later=rate_comes_later, walk_length=walk_length
     )
+
+
+def with_measured(
+    config: RunConfig, measured: Mapping[str, float], given: Mapping[str, Any]
+) -> RunConfig:
+    """A new run's contract with those measured values that its user, who wrote `given`, left open.
+
+    Raises `ConfigError` for a value that a contract cannot have.
+    """
+    taken = {key: value for key, value in measured.items() if key not in given}
+    if not taken:
+        return config
+    return parse_run({**config.model_dump(), **taken}, "the measured values", config)
+
+
+def unmeasured_rate(config: RunConfig, why: str) -> str:
+    """The warning that a new run's rate, which its user did not set, knows nothing of the model."""
+    return (
+        f"the learning rate is {config.learning_rate:g}, which was not measured "
+        f"({why.removesuffix('.')}); it may be far too long or too short for this model "
+        "(docs/choosing.md)"
+    )
+
+
+def difference_from(
+    begun: RunConfig, asked: Mapping[str, Any], where: str
+) -> tuple[str, Any, Any] | None:
+    """The first key in which `asked` means another contract than `begun`, with both values.
+
+    None if it means the same. What a preset says counts only when a run begins, and so does what a
+    value that nobody wrote becomes. Raises `ConfigError` with `where` for values of no contract.
+    """
+    written = begun.model_dump()
+    wanted = merged(written, asked) if KEY in asked else {**written, **asked}
+    lora = wanted.get("lora")
+    if isinstance(lora, dict) and begun.lora is not None and _is_a_word(lora.get("target_modules")):
+        # The contract has the names that the word meant in the run's model.
+        wanted["lora"] = {**lora, "target_modules": begun.lora.target_modules}
+    for key, value in parse_run(wanted, where, begun).model_dump().items():
+        if value != written[key]:
+            return key, written[key], value
+    return None
+
+
+def _is_a_word(targets: object) -> bool:
+    """Whether target modules are one of the words for a place in any model."""
+    return any(targets in (word, [word], (word,)) for word in PLACES)
 
 
 def merged(below: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

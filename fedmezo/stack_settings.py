@@ -18,12 +18,16 @@ def _check_whole_path(value: str) -> str:
     return value
 
 
+WholePath = Annotated[str, AfterValidator(_check_whole_path)]
+"""A file on the server, whose working folder the stack chooses; empty for none."""
+
+
 class StackSettings(BaseModel):
     """What every stack says beside the contract; a stack adds keys of its own."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
-    journal: Annotated[str, AfterValidator(_check_whole_path)] = ""
+    journal: WholePath = ""
     """File of the run's journal on the server; empty: where the stack says."""
     resume: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Factor on the learning rates with which a paused run goes on; 0: it stays paused."""

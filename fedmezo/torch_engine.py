@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmezo.genesis import GenesisLike, decode_genesis
-from fedmezo.presets import parse_contract
+from fedmezo.presets import parse_contract, unmeasured_rate, with_measured
 from fedmezo.run_policy import RunPolicy
 from fedmezo.scorer import Scorer
 from fedmezo_core.config import RunConfig
@@ -43,6 +44,7 @@ from fedmezo_core.zo.party import Party, open_party
 from fedmezo_core.zo.plain.snapshot_header import read_snapshot
 from fedmezo_core.zo.privacy.accounting import PrivacyBudget
 from fedmezo_core.zo.privacy.private_measurements import PrivateMeasurements
+from fedmezo_core.zo.probing.readings import probe_for_limits
 from fedmezo_core.zo.snapshot_files import install_snapshot, write_snapshot
 
 log = logging.getLogger("fedmezo.worker")
@@ -257,22 +259,52 @@ def begin_run(
     model: str | Path,
     *,
     adapter: str | Path | None = None,
+    rate_rows: Rows | None = None,
+    columns: Mapping[str, str] | None = None,
     threads: int | None = None,
 ) -> Genesis:
     """The genesis of a new run from a base model, which is loaded once for its digests.
 
     contract: a `RunConfig`, or its values as they stand under `[run]` in a TOML file, where
     `preset` may name a recipe. model: folder or hub name. adapter: folder of the LoRA adapter that
-    the run begins from. Raises `ConfigError` for a wrong contract, and as `open_party`.
+    the run begins from. rate_rows: rows like the workers', such as held-out ones. A contract that
+    names no `learning_rate` takes a shorter one if these rows show that its own is too long for
+    this model, and the `eps` that suits, if it names none. Without rows a warning says that
+    nothing was measured. columns: as for `TorchEngine`.
+
+    Raises `ConfigError` for a wrong contract, and for `rate_rows` of one that has its rate; as
+    `read_rows` and `open_party`; `DataError` for too few rows, `MeasurementError` if they tell
+    nothing.
     """
+    given = {"learning_rate": None} if isinstance(contract, RunConfig) else contract
+    has_rate = "learning_rate" in given
+    if has_rate and rate_rows is not None:
+        raise ConfigError(
+            "rate_rows measure a learning_rate, and the contract has one, as a RunConfig always "
+            "does; leave out either."
+        )
     config = (
         contract
         if isinstance(contract, RunConfig)
         else parse_contract(contract, "the run's contract")
     )
+    rows = None if rate_rows is None else _Source(rate_rows, columns or {}).read(config)
     party = open_party(config, str(model), adapter=_path(adapter), threads=threads)
     party.check_can_begin()
-    return party.genesis()
+    genesis = party.genesis()
+    if rows is not None:
+        measured = probe_for_limits(
+            party, rows, config.workers_expected, threads=threads, row_states_max=ROW_STATES_MAX
+        )
+        config = with_measured(genesis.config, measured, given)
+        log.info(
+            "measured: the run takes learning_rate = %g and eps = %g",
+            *(config.learning_rate, config.eps),
+        )
+        return replace(genesis, config=config)
+    if not has_rate:
+        log.warning("%s", unmeasured_rate(config, "there are no rows for that; give rate_rows"))
+    return genesis
 
 
 def _path(given: str | Path | None) -> Path | None:

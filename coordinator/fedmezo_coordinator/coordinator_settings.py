@@ -10,15 +10,13 @@ from typing import Any, Self
 from pydantic import BaseModel, ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from fedmezo.presets import KEY, merged, parse_contract, with_preset
+from fedmezo.presets import KEY, difference_from, parse_contract, with_preset
 from fedmezo_coordinator.stores.location import path_beside
 from fedmezo_core.config import (
     COHORT_MAX,
     NAME_PATTERN,
-    PLACES,
     RunConfig,
     TaskConfig,
-    parse_run,
 )
 from fedmezo_core.errors import ConfigError, TokenError
 from fedmezo_core.folders import is_there, state_home
@@ -566,27 +564,14 @@ def model_label(model: str) -> str:
 def check_same_run(journal: str, begun: RunConfig, asked: dict[str, Any], where: str) -> None:
     """Refuse values that differ from the contract in the journal, which nothing can change.
 
-    `journal` and `where` name the journal and the place of the values. What a preset says counts
-    only when the run begins. Raises `ConfigError`.
+    `journal` and `where` name the journal and the place of the values. Raises `ConfigError`.
     """
-    written = begun.model_dump()
-    wanted = merged(written, asked) if KEY in asked else {**written, **asked}
-    lora = wanted.get("lora")
-    if isinstance(lora, dict) and begun.lora is not None and _is_a_word(lora.get("target_modules")):
-        # The journal has the names that the word meant in the run's model.
-        wanted["lora"] = {**lora, "target_modules": begun.lora.target_modules}
-    for key, value in parse_run(wanted, where, begun).model_dump().items():
-        if value != written[key]:
-            raise ConfigError(
-                f"The journal {journal} belongs to a run with {key} = {written[key]!r}, the "
-                f"settings say {value!r}; take the setting back, or give the new run another "
-                "journal."
-            )
-
-
-def _is_a_word(targets: object) -> bool:
-    """Whether target modules are one of the words for a place in any model."""
-    return any(targets in (word, [word], (word,)) for word in PLACES)
+    if found := difference_from(begun, asked, where):
+        key, written, value = found
+        raise ConfigError(
+            f"The journal {journal} belongs to a run with {key} = {written!r}, the settings say "
+            f"{value!r}; take the setting back, or give the new run another journal."
+        )
 
 
 def check_compaction(settings: CoordinatorSettings, config: RunConfig) -> None:

@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path(__file__).with_name("run.toml"))
     parser.add_argument("--model", default="", help="if not the name that the contract gives")
+    parser.add_argument("--rate-rows", help="file of rows to measure the learning rate on")
     parser.add_argument("--poc", action="store_true", help="use provisioned processes")
     parser.add_argument("--project", default="", help="project file to provision from")
     parser.add_argument("--workspace", default="/tmp/nvflare/simulation", help="the simulator's")
@@ -38,6 +39,7 @@ def main() -> None:
     recipe = FedMezoRecipe(
         contract=contract,
         model=given.model,
+        rate_rows=given.rate_rows,
         journal=given.journal,
         privacy=None if given.clip is None else ScalarPrivacy(given.clip, given.noise_multiplier),
         task_request_interval=0.05,  # seconds; both sites are on this machine

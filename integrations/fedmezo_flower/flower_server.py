@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 from fedmezo import Coordinator, begin_run
 from fedmezo.library_peers import PEER_LEASE_MS
 from fedmezo.presets import parse_contract
-from fedmezo.stack_settings import StackSettings
+from fedmezo.stack_settings import StackSettings, WholePath
 from fedmezo_coordinator.coordinator_settings import check_same_run, model_label
 from fedmezo_core.errors import ConfigError, FedMezoError
 from fedmezo_core.layered_settings import CheckpointKey, check_address
@@ -42,6 +42,8 @@ class AppSettings(StackSettings):
 
     model: str = ""
     adapter: str = ""
+    rate_rows: WholePath = ""
+    """Rows at the server, on which a contract without a rate is measured; empty: it is not."""
     coordinator: Annotated[str, AfterValidator(lambda given: given and check_address(given))] = ""
     """The coordinator that the nodes' workers connect to; empty: the run is over Flower."""
     checkpoint_key: CheckpointKey = ""
@@ -115,9 +117,15 @@ def open_coordinator(settings: AppSettings) -> Coordinator:
             raise
         log.info("Run %s goes on after round %d", coordinator.config.run_id, coordinator.round)
         return coordinator
-    config = parse_contract({"model": model_label(settings.model)} | contract, WHERE)
+    contract = {"model": model_label(settings.model)} | contract
+    parse_contract(contract, WHERE)  # Its sentences name the place; `begin_run` cannot.
     with worker_packages("begin a run"):
-        genesis = begin_run(config, settings.model, adapter=settings.adapter or None)
+        genesis = begin_run(
+            contract,
+            settings.model,
+            adapter=settings.adapter or None,
+            rate_rows=settings.rate_rows or None,
+        )
     return Coordinator(genesis, journal, lease_ms=PEER_LEASE_MS)
 
 

@@ -17,7 +17,7 @@ from nvflare.recipe.spec import Recipe
 from pydantic import ConfigDict, Field
 
 import fedmezo
-from fedmezo.presets import parse_contract
+from fedmezo.presets import difference_from, parse_contract
 from fedmezo.stack_settings import StackSettings
 from fedmezo_core.errors import ConfigError
 from fedmezo_nvflare.round_controller import GENESIS_FILE, TASK, FedMezoController
@@ -38,6 +38,7 @@ class JobSettings(StackSettings):
     contract: Mapping[str, Any]
     model: str
     adapter: str | None
+    rate_rows: str | None
     genesis: bytes
     name: str = Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,63})?$")
     min_clients: int | None = Field(ge=1)
@@ -58,6 +59,7 @@ class FedMezoRecipe(Recipe):
         contract: Mapping[str, Any],
         model: str | Path = "",
         adapter: str | Path | None = None,
+        rate_rows: str | Path | None = None,
         genesis: bytes = b"",
         name: str = "",
         min_clients: int | None = None,
@@ -72,6 +74,9 @@ class FedMezoRecipe(Recipe):
             contract: what a coordinator's [run] says: run_id, model, seed, rounds, task ...
             model: the folder or hub name of the base, if not the contract's `model`.
             adapter: the folder of the adapter that the run begins from, if it does.
+            rate_rows: a file or folder of rows like the sites', such as held-out ones. A contract
+                that names no `learning_rate` takes a shorter one if they show that its own is too
+                long for this model.
             genesis: what `fedmezo.encode_genesis` gave for the contract elsewhere. Then no model is
                 loaded here.
             name: the job's name; the contract's `run_id` if empty.
@@ -88,6 +93,7 @@ class FedMezoRecipe(Recipe):
                 "contract": contract,
                 "model": _text(model),
                 "adapter": _text(adapter),
+                "rate_rows": _text(rate_rows),
                 "genesis": genesis,
                 "name": name,
                 "min_clients": min_clients,
@@ -100,13 +106,12 @@ class FedMezoRecipe(Recipe):
         )
         config = parse_contract(settings.contract, "the run's contract")
         if not genesis:
-            begun = fedmezo.begin_run(config, model or config.model, adapter=adapter)
-            genesis = fedmezo.encode_genesis(begun)
-        elif fedmezo.decode_genesis(genesis).config != config:
-            raise ConfigError(
-                f"The genesis given is not that of this contract of run {config.run_id}; make it "
-                "again with fedmezo.begin_run."
+            begun = fedmezo.begin_run(
+                contract, model or config.model, adapter=adapter, rate_rows=rate_rows
             )
+            genesis = fedmezo.encode_genesis(begun)
+        else:
+            _check_same_run(genesis, settings)
         job = FedJob(name or config.run_id, min_clients or config.workers_min)
         job.set_app_packages(_INSTALLED_EVERYWHERE)
         # A file, because NVFlare takes long text in a configuration for a secret. It lies where a
@@ -129,6 +134,22 @@ class FedMezoRecipe(Recipe):
         self.add_client_config({"default_task_fetch_interval": task_request_interval})
         if privacy is not None:
             self.add_client_output_filter(privacy, tasks=[TASK])
+
+
+def _check_same_run(genesis: bytes, settings: JobSettings) -> None:
+    """Refuse a genesis that another contract began, and arguments that only begin a run."""
+    if settings.rate_rows is not None:
+        raise ConfigError(
+            "rate_rows measure the rate of a run that begins here, and a genesis has its rate; "
+            "leave out either, or give rate_rows to fedmezo.begin_run."
+        )
+    begun = fedmezo.decode_genesis(genesis).config
+    if found := difference_from(begun, settings.contract, "the run's contract"):
+        key, written, value = found
+        raise ConfigError(
+            f"The genesis given is of a run with {key} = {written!r}, the contract says "
+            f"{value!r}; make it again with fedmezo.begin_run."
+        )
 
 
 def _text(path: str | Path | None) -> str | None:

@@ -13,6 +13,8 @@ import pytest
 
 import fedmezo
 from fedmezo import Coordinator, Genesis, Session, TorchEngine
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_coordinator.replica.supervisor import describe_base
 from fedmezo_coordinator.serving.poll_sessions import PollSessions
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_core.errors import (
@@ -37,8 +39,9 @@ from tests.integration.support.harness import (
     records_of,
     run_values,
     served,
+    values_without_rate,
 )
-from tests.integration.support.parties import Workers, save_model
+from tests.integration.support.parties import Workers, save_model, write_rows
 from tests.library.light_engine import LightEngine
 
 pytestmark = pytest.mark.slow
@@ -392,6 +395,32 @@ def test_begin_run_gives_the_genesis_that_the_daemon_would(
     assert fedmezo.decode_genesis(fedmezo.encode_genesis(begun)) == begun
     with pytest.raises(ConfigError, match=r"the run's contract: roundz is not a known setting"):
         fedmezo.begin_run(run_values(roundz=3), model_folder)
+
+
+async def test_begin_run_measures_the_rate_that_the_daemon_would(
+    tmp_path: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = values_without_rate()
+    file = write_rows(tmp_path / "rows.jsonl", count=60)
+    settings = CoordinatorSettings(model=str(model_folder), run=given, heldout=file)
+    there = await describe_base(settings, settings.run_config("the test"))
+    begun = fedmezo.begin_run(given, model_folder, rate_rows=file, threads=1)
+    assert begun == there
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    others = [{"words": row["text"], "label": row["label"]} for row in rows]
+    again = fedmezo.begin_run(
+        given, model_folder, rate_rows=others, columns={"text": "words"}, threads=1
+    )
+    assert again == begun
+    assert "was not measured" not in caplog.text
+    alone = fedmezo.begin_run(given, model_folder, threads=1)
+    assert alone.config.learning_rate > begun.config.learning_rate
+    assert "was not measured (there are no rows for that; give rate_rows)" in caplog.text
+    for has_rate in (run_values(), config_of()):
+        with pytest.raises(ConfigError, match="rate_rows measure a learning_rate, and the"):
+            fedmezo.begin_run(has_rate, model_folder, rate_rows=file)
+    with pytest.raises(DataError, match="fewer than two batches of 4"):
+        fedmezo.begin_run(given, model_folder, rate_rows=rows[:7], threads=1)
 
 
 def test_saved_weights_go_on_with_the_run(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.support.harness import ROOT, environment
+from tests.integration.support.parties import write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -43,13 +44,11 @@ def test_the_loop_and_http_end_with_the_same_weights(
     assert len(digests_in(loop)) == 1
 
 
-def test_the_documented_program_runs_as_it_is_written(
-    tmp_path: Path, model_folder: Path, data_files: list[Path]
-) -> None:
+def test_the_documented_program_runs_as_it_is_written(tmp_path: Path, model_folder: Path) -> None:
     page = (ROOT / "docs/library.md").read_text()
     program = page.split("```python\n")[1].split("```")[0]
     (tmp_path / "my-model").symlink_to(model_folder)
-    (tmp_path / "rows.jsonl").symlink_to(data_files[0])
+    write_rows(tmp_path / "rows.jsonl", count=40)
     done = subprocess.run(
         [sys.executable, "-c", program + "assert len(coordinator.digests) == 1\n"],
         capture_output=True,

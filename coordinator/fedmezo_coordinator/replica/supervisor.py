@@ -15,9 +15,10 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from typing import Any
 
+from fedmezo.presets import unmeasured_rate, with_measured
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.serving.status_report import ReplicaView
-from fedmezo_core.config import RunConfig, parse_run
+from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ModelError
 from fedmezo_core.journal.codec import config_to_pb
 from fedmezo_core.program import LongStep
@@ -102,13 +103,14 @@ async def describe_base(
     for warning in answer["warnings"]:
         log.warning("%s", warning)
     found = answer["measured"]
-    measured = {key: value for key, value in found["values"].items() if key not in settings.run}
-    if measured:
-        shown = ", ".join(f"{key} = {value:g}" for key, value in measured.items())
-        log.info("measured on %s: %s", found["rows"], shown)
-        config = parse_run({**config.model_dump(), **measured}, "the measured values", config)
+    if found["values"]:
+        config = with_measured(config, found["values"], settings.run)
+        log.info(
+            "measured on %s: the run takes learning_rate = %g and eps = %g",
+            *(found["rows"], config.learning_rate, config.eps),
+        )
     elif found["why_not"]:
-        warn_of_unmeasured_rate(found["why_not"], config)
+        log.warning("%s", unmeasured_rate(config, found["why_not"]))
     if config.lora is not None:
         named = {"target_modules": tuple(answer["target_modules"])}
         config = config.model_copy(update={"lora": config.lora.model_copy(update=named)})
@@ -120,16 +122,6 @@ async def describe_base(
         trainable_elements=answer["trainable_elements"],
         trainable_bytes=answer["trainable_bytes"],
         tokenizer_parts=tuple(map(bytes.fromhex, answer["tokenizer_parts"])),
-    )
-
-
-def warn_of_unmeasured_rate(why: str, config: RunConfig) -> None:
-    """Warn that a new run's rate, which its user did not set, knows nothing of the model."""
-    log.warning(
-        "the learning rate is %g, which was not measured (%s); it may be far too long or too short "
-        "for this model (docs/choosing.md)",
-        config.learning_rate,
-        why.removesuffix("."),
     )
 
 

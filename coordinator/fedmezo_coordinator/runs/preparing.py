@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedmezo.presets import unmeasured_rate
 from fedmezo_coordinator.coordinator_settings import (
     CoordinatorSettings,
     check_compaction,
@@ -19,7 +20,6 @@ from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.replica.supervisor import (
     ReplicaSupervisor,
     describe_base,
-    warn_of_unmeasured_rate,
 )
 from fedmezo_coordinator.runs.hosted_run import OfferedFile
 from fedmezo_coordinator.serving.session_limit import SessionLimit
@@ -50,7 +50,7 @@ async def begun(settings: CoordinatorSettings, journal: Journal) -> Companions:
         )
     log.info("new run %s: loading %s to digest its base", config.run_id, config.model)
     if "learning_rate" not in settings.contract and not settings.rate_rows:
-        warn_of_unmeasured_rate("there are no rows for that; set probe_rows", config)
+        log.warning("%s", unmeasured_rate(config, "there are no rows for that; set probe_rows"))
     with long_step(f"loading {config.model} to digest its base") as step:
         genesis = await describe_base(settings, config, step)
     journal.append(encode_records([genesis]))

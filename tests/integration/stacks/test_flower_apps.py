@@ -20,7 +20,7 @@ from packaging.specifiers import SpecifierSet
 
 import fedmezo
 import fedmezo_flower
-from fedmezo import Coordinator
+from fedmezo import Coordinator, begin_run
 from fedmezo_core import program
 from fedmezo_core.config import parse_run
 from fedmezo_core.errors import ConfigError, FedMezoError, UnavailableError
@@ -35,7 +35,9 @@ from tests.integration.support.harness import (
     records_of,
     run_values,
     toml_of,
+    values_without_rate,
 )
+from tests.integration.support.parties import write_rows
 from tests.library.light_engine import LightEngine
 
 
@@ -154,6 +156,19 @@ def test_a_journal_of_another_contract_is_refused(journal: Path) -> None:
     flower_server.open_coordinator(settings_of(journal)).close()
 
 
+def test_a_run_without_a_rate_is_measured_on_the_server_s_rows(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    given = values_without_rate()
+    rows = str(write_rows(tmp_path / "rows.jsonl", count=60))
+    settings = AppSettings(model=str(model_folder), run=given, rate_rows=rows)
+    coordinator = flower_server.open_coordinator(settings)
+    taken = coordinator.config
+    coordinator.close()
+    assert taken == begin_run(given, model_folder, rate_rows=rows).config
+    assert taken.learning_rate < parse_run(given, "the test's run").learning_rate
+
+
 def test_an_app_without_a_contract_is_told_where_to_write_it() -> None:
     with pytest.raises(ConfigError, match=r"write it below \[tool.flwr.app.config.run\]"):
         flower_server.open_coordinator(AppSettings(model="tiny"))
@@ -168,6 +183,7 @@ def test_an_app_without_a_contract_is_told_where_to_write_it() -> None:
         ("resume", "0.5", "use a number"),
         ("journal", "run.db", "use the whole path of a file on the server"),
         ("journal", 7, "use text, in quotes"),
+        ("rate_rows", "rows.jsonl", "use the whole path of a file on the server"),
         ("model", 7, "use text, in quotes"),
         ("adapter", True, "use text, in quotes"),
         ("coordinator", "http://127.0.0.1:1", "write it as host:port"),

@@ -14,6 +14,7 @@ import pytest
 
 import fedmezo_nvflare
 from fedmezo import decode_genesis, encode_genesis
+from fedmezo.presets import parse_contract
 from fedmezo_core import program
 from fedmezo_core.errors import ConfigError
 from fedmezo_nvflare import FedMezoController, FedMezoRecipe, ScalarPrivacy
@@ -71,6 +72,7 @@ def test_the_filter_and_the_journal(tmp_path: Path) -> None:
         ("name", "../job", "it must match"),
         ("model", 7, "use text, in quotes"),
         ("adapter", 7, "use text, in quotes"),
+        ("rate_rows", 7, "use text, in quotes"),
         ("genesis", "text", "valid bytes"),
         ("contract", "text", "table of keys"),
         ("privacy", 3.0, "instance of ScalarPrivacy"),
@@ -96,8 +98,23 @@ def test_a_contract_of_no_use(key: str) -> None:
 
 
 def test_the_genesis_of_another_contract() -> None:
-    with pytest.raises(ConfigError, match="genesis"):
+    with pytest.raises(ConfigError, match="run with seed = 7, the contract says 8; make it again"):
         FedMezoRecipe(contract=run_values(seed=8), genesis=GENESIS)
+
+
+def test_the_genesis_may_have_what_its_contract_leaves_open() -> None:
+    """The names that a word means in the model, and a rate that was measured."""
+    task = {"template": "{text}", "verbalizers": {"bad": " bad", "good": " good"}}
+    contract = {"run_id": "r", "model": "m", "preset": "classification", "task": task}
+    config = parse_contract(contract, "the test")
+    assert config.lora is not None
+    named = config.lora.model_copy(update={"target_modules": ("h.11.mlp.c_fc",)})
+    begun = genesis_of(config.model_copy(update={"lora": named, "learning_rate": 0.1}))
+    FedMezoRecipe(contract=contract, genesis=encode_genesis(begun))
+    with pytest.raises(ConfigError, match=r"learning_rate = 0\.1, the contract says 0\.2;"):
+        FedMezoRecipe(contract=contract | {"learning_rate": 0.2}, genesis=encode_genesis(begun))
+    with pytest.raises(ConfigError, match=r"rate_rows measure .* a genesis has its rate"):
+        FedMezoRecipe(contract=contract, genesis=encode_genesis(begun), rate_rows="rows.jsonl")
 
 
 def test_an_untested_version_of_nvflare(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,14 @@ def run_values(**changes: Any) -> dict[str, Any]:
     return values | changes
 
 
+def values_without_rate() -> dict[str, Any]:
+    """A contract without a rate, whose default is too long because the adapter's scale is large."""
+    lora = {"rank": 2, "alpha": 2000.0, "freeze_a": True, "target_modules": ["c_fc"]}
+    values = run_values(lora=lora)
+    del values["learning_rate"]
+    return values
+
+
 def config_of(**changes: Any) -> RunConfig:
     return parse_run(run_values(**changes), "the test's run")
 
