@@ -186,7 +186,8 @@ def test_the_contract_that_is_shown_is_the_demos() -> None:
     page = ROOT / "docs/operating.md"
     [shown] = re.findall(r"^```toml\n(listen.*?)^```", page.read_text(), re.M | re.S)
     settings = tomllib.loads((ROOT / "deploy/demo/demo.toml").read_text())
-    run, demo = tomllib.loads(shown)["run"], settings["coordinator"]["run"]
+    run = tomllib.loads(shown)["run"]
+    demo = settings["coordinator"]["run"] | {"learning_rate": settings["learning_rate"]}
     # What depends on the workers and the data, and what only the demo needs.
     own = {"run_id", "workers_min", "quorum", "deadline_ms", "report_losses", "digest_every_rounds"}
     defaults = {name: field.default for name, field in RunConfig.model_fields.items()}

@@ -144,10 +144,13 @@ def plan(given: argparse.Namespace, output: Path = OUTPUT) -> Plan:
         "quorum": everyone,
         "cohort_size_max": everyone,
     }
+    is_default = not (own_model or own_data)
+    if is_default:
+        run.setdefault("learning_rate", settings["learning_rate"])
     if given.rounds is not None:
         run["rounds"] = given.rounds
     parse_run({"model": "demo", **run}, "deploy/demo/demo.toml")
-    return Plan(settings["coordinator"], model, inputs, is_default=not (own_model or own_data))
+    return Plan(settings["coordinator"], model, inputs, is_default)
 
 
 def demo(given: argparse.Namespace) -> None:
@@ -168,7 +171,7 @@ def demo(given: argparse.Namespace) -> None:
         _introduce(what)
         _fit(federation, what, console)
         _start(federation, what)
-        status = asyncio.run(_watch(federation, console))
+        status = asyncio.run(_watch(federation, what, console))
         wall_s = timing.wall_s()
     cpu_s = timing.cpu_s()
     summary.print_tables(status, wall_s, cpu_s, with_back_propagation=what.is_default)
@@ -261,7 +264,7 @@ def _start(federation: Processes, what: Plan) -> None:
         )
 
 
-async def _watch(federation: Processes, console: Console) -> wire.GetStatusResponse:
+async def _watch(federation: Processes, what: Plan, console: Console) -> wire.GetStatusResponse:
     """Show the run until it is finished, evaluated and digested by everyone."""
     parties = len(federation.children)
     pace = Pace()
@@ -284,6 +287,12 @@ async def _watch(federation: Processes, console: Console) -> wire.GetStatusRespo
                     if has_answered:
                         raise
                     continue
+                if not has_answered and "learning_rate" not in what.coordinator["run"]:
+                    rate = (await client.get_run()).genesis.config.learning_rate
+                    _say(
+                        "Done without being asked: the coordinator chose the learning rate "
+                        f"{rate:g} for this model and these rows (docs/choosing.md)."
+                    )
                 has_answered = True
                 left = pace.seconds_left(status, time.monotonic())
                 if live is not None:
