@@ -208,7 +208,16 @@ def propose(readings: Sequence[Reading], config: RunConfig, workers: int) -> Pro
     Raises `MeasurementError`, which says what to change, if the losses do not allow a proposal.
     """
     loss, reports = reports_of(readings)
-    eps = _eps(reports, config)
+    try:
+        eps = _eps(reports, config)
+    except MeasurementError as error:
+        if not config.normalized_step:
+            raise
+        rate = longest_rate(readings, config, workers)
+        raise MeasurementError(
+            f"{error} Or keep eps and take a learning_rate of at most {rate:.2g}: a random walk of "
+            f"such steps raises the loss by {BLIND_COST_SHARE_MAX:.1%}, and no more can be told."
+        ) from None
     grad = next(report.grad for report in reports if report.length == eps)
     share = _signal_share(readings, eps)
     signal = share * grad * grad
