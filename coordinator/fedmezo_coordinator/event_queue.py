@@ -35,6 +35,13 @@ class EventQueue(Generic[ItemT]):
                 if not room.cancelled():
                     self._let_write()  # The room is another writer's now.
                 raise
+        self._append(item, signed)
+
+    def put_anyway(self, item: ItemT) -> None:
+        """Append an item whether there is room or not: something that comes once a session."""
+        self._append(item, None)
+
+    def _append(self, item: ItemT, signed: SignedAnswer | None) -> None:
         self._items.append((item, signed))
         self.look_again()
 

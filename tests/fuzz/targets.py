@@ -183,10 +183,9 @@ class _Coordinator:
             context.done()
 
     async def _drained(self) -> None:
-        """Wait until the coordinator waits: sessions leave in tasks of their own."""
+        """Wait until the coordinator waits."""
         items: Any = self.daemon._items
-        polls = self.servicer._poll_sessions
-        while not items.empty() or items._reader is None or polls._leaving:  # noqa: ASYNC110
+        while not items.empty() or items._reader is None:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
     def check(self, *, unchanged: bool) -> None:

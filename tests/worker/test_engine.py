@@ -169,9 +169,7 @@ async def test_commits_one_by_one_or_at_once_give_the_same_weights(
 
 
 async def test_a_measurement_can_be_cut_short_at_its_next_step(engine: Engine) -> None:
-    order = measure_of(4096)
-    measuring = asyncio.create_task(engine.measure(order))
-    await asyncio.sleep(0)  # Its start clears the flag; only then can it be cut short.
+    measuring = engine.measure(measure_of(4096))
     engine.cut_short()
     with pytest.raises(CutShortError):
         await asyncio.wait_for(measuring, 30)
@@ -311,8 +309,7 @@ async def test_an_evaluation_can_be_cut_short_at_its_next_batch(evaluating_engin
     evaluating = evaluating_engine.evaluate()
     evaluating_engine.cut_evaluation_short()
     assert await evaluating in (None, await evaluating_engine.evaluate())
-    measuring = asyncio.create_task(evaluating_engine.measure(MEASURE))
-    await asyncio.sleep(0)
+    measuring = evaluating_engine.measure(MEASURE)
     cut = evaluating_engine.evaluate()  # It waits for the measurement, and so has not begun.
     evaluating_engine.cut_evaluation_short()
     assert await cut is None

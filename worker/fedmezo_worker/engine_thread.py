@@ -8,7 +8,7 @@ import gc
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
@@ -108,13 +108,13 @@ class EngineThread(ABC):
         """Return the digest of the weights, 32 bytes."""
         return await self._run(lambda: self._computer.digest())
 
-    async def measure(self, order: Measure) -> Measured:
-        """Measure one assignment.
+    def measure(self, order: Measure) -> Awaitable[Measured]:
+        """Measure one assignment; the call itself queues the work, before it is awaited.
 
         Raises `MeasurementError` if a loss is not finite, the objective fails, or it was cut short.
         """
         self._computer.go_on()
-        return await self._run(lambda: self._computer.measure(order))
+        return self._on_thread(lambda: self._computer.measure(order))
 
     def set_deadline(self, deadline_s: float) -> None:
         """Set when an objective must be done, by `time.monotonic`; a running one must obey, too."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import contextvars
 import dataclasses
 import logging
 import secrets
@@ -13,7 +13,6 @@ from typing import Any
 
 from fedmezo_core.errors import (
     ConfigError,
-    FedMezoError,
     JournalCompactedError,
     MeasurementError,
     NotReadyError,
@@ -354,8 +353,8 @@ class Member:
                 self._reconnecting.reached()
             if receiving is not None:
                 receiving.cancel()
-                with contextlib.suppress(asyncio.CancelledError, FedMezoError):
-                    await receiving
+                # gather tells a cancellation of this task from that of `receiving`.
+                await asyncio.gather(receiving, return_exceptions=True)
             stream.cancel()
             self._machine.step(Disconnected())
 
@@ -399,7 +398,7 @@ class Member:
             match action:
                 case Measure():
                     self._make_way()
-                    self._measuring = asyncio.create_task(self._measure(action))
+                    self._measuring = self._begin_measuring(action)
                 case Leave():
                     leaves = True
                 case _ if broken is None:
@@ -440,10 +439,18 @@ class Member:
                     weights_report=wire.WeightsReport(round=round_, weights_digest=digest)
                 )
 
-    async def _measure(self, order: Measure) -> Measured | MeasureFailed:
-        log_with(round=order.ticket.round)
+    def _begin_measuring(self, order: Measure) -> asyncio.Task[Measured | MeasureFailed]:
+        context = contextvars.copy_context()
+        context.run(log_with, round=order.ticket.round)
+        # The engine is asked here, not in the task: what comes next may cut it short.
+        measuring = context.run(self._engine.measure, order)
+        return asyncio.create_task(self._measured(order, measuring), context=context)
+
+    async def _measured(
+        self, order: Measure, measuring: Awaitable[Measured]
+    ) -> Measured | MeasureFailed:
         try:
-            measured = await self._engine.measure(order)
+            measured = await measuring
         except MeasurementError as error:
             log.warning("round %d: %s", order.ticket.round, error)
             return MeasureFailed(order.ticket, str(error))

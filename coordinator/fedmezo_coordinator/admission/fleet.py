@@ -63,7 +63,7 @@ WIRE_ROLES = {role: number for number, role in ROLES.items()}
 
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
-LoseRights = Callable[[str, FedMezoError], Awaitable[None]]
+LoseRights = Callable[[str, FedMezoError], None]
 """Ends whatever a member has open: its name, and the error that tells it why."""
 
 
@@ -241,7 +241,7 @@ class Fleet:
         self._not_oneself(request.name, caller)
         await self._change(self.members.revoked(request.name))
         log.warning("%s revoked %s", caller, request.name)
-        await self._lose(request.name, "was revoked")
+        self._lose(request.name, "was revoked")
         return wire.RevokeMemberResponse()
 
     @_to_its_end
@@ -257,7 +257,7 @@ class Fleet:
         # Last, because a row of an older token of this name would take its place.
         await self._change([*rows, self.members.new_token(token)])
         log.warning("%s took the key of %s away", caller, request.name)
-        await self._lose(request.name, "has to join with a new join string")
+        self._lose(request.name, "has to join with a new join string")
         return wire.RotateMemberResponse(token=self._shown(token, secret))
 
     def _still_member(self, caller: Caller) -> None:
@@ -303,9 +303,9 @@ class Fleet:
         for row in rows:
             self.members.apply(row)
 
-    async def _lose(self, name: str, what: str) -> None:
+    def _lose(self, name: str, what: str) -> None:
         if self.on_loss is not None:
-            await self.on_loss(
+            self.on_loss(
                 name,
                 RevokedError(f"Worker {name} {what}; ask the operator for a new join string."),
             )

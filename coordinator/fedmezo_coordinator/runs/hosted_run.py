@@ -151,16 +151,20 @@ class HostedRun:
 
     def begin_stop(self) -> None:
         """Tell all workers that the coordinator is going away, and let the replica end."""
-        if self._replica is not None:
-            self._replica.cancel()
+        self._cancel_replica()
         if self.loop is not None:
             self.loop.end_sessions()
 
     async def end_replica(self) -> None:
         """End the replica's process, if there is one."""
         if self._replica is not None:
-            self._replica.cancel()
+            self._cancel_replica()
             await asyncio.gather(self._replica, return_exceptions=True)
+
+    def _cancel_replica(self) -> None:
+        # Once only: a second time would break off the wait for its process, which is then killed.
+        if self._replica is not None and not self._replica.cancelling():
+            self._replica.cancel()
 
     async def fail(self, sentence: str) -> None:
         """Note that the run cannot go on; its sessions end with an error that a retry may help."""

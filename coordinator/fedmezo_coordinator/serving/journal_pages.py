@@ -21,6 +21,7 @@ from fedmezo_core.errors import (
     JournalCompactedError,
     NotReadyError,
     ProtocolError,
+    UnavailableError,
 )
 from fedmezo_core.journal.journal import ZERO_HASH, Journal, Row
 from fedmezo_core.journal.sealed import StoredState
@@ -153,8 +154,12 @@ class JournalPages:
         """How many records readers may see: none of those that are being appended."""
 
     async def close(self) -> None:
-        """Wait for the read that is under way; then the journal may be closed."""
-        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
+        """Wait for the reads that were asked for; then the journal may be closed.
+
+        None is cancelled: its caller would see that as a cancellation of its own, and gRPC would
+        never answer the call.
+        """
+        await asyncio.to_thread(self._thread.shutdown)
 
     def announce(self) -> None:
         """Show every record so far, all of which the index must know, and wake who waits."""
@@ -311,7 +316,11 @@ class JournalPages:
         )
 
     async def _on_disk(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        try:
+            reading = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except RuntimeError:  # Its thread has ended.
+            raise UnavailableError("The run's journal is being closed; ask again later.") from None
+        return await reading
 
 
 def _check_request(request: wire.ReadJournalRequest) -> None:

@@ -738,7 +738,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
             await done
         except asyncio.CancelledError:
             # It may have joined at this very moment; if not, this changes nothing.
-            await self.leave(session)
+            self.leave(session)
             raise
         return session
 
@@ -758,12 +758,15 @@ class ServingLoop(ABC, Generic[ReadyT]):
         session.traffic.bytes_down += len(serialized)
         return serialized
 
-    async def leave(self, session: WorkerSession) -> None:
-        """End a session whose worker has closed its side, or whose stream is gone."""
-        if self._failed is None:
-            await self._items.put(_Left(session))
+    def leave(self, session: WorkerSession) -> None:
+        """End a session whose worker has closed its side, or whose stream is gone.
 
-    async def end_session(self, worker: str, error: FedMezoError) -> None:
+        It never waits: whoever is cancelled meanwhile would leave the worker connected.
+        """
+        if self._failed is None:
+            self._items.put_anyway(_Left(session))
+
+    def end_session(self, worker: str, error: FedMezoError) -> None:
         """End a worker's session with `error`, in place of what it has not read yet, if it has one.
 
         Nothing that it has sent and that was not taken yet counts.
@@ -772,7 +775,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
         if session is not None:
             session.cut(error)
             # The worker may read nothing any more, and nobody should wait for it.
-            await self.leave(session)
+            self.leave(session)
 
     def is_connected(self, worker: str) -> bool:
         """Whether a worker has an open session."""

@@ -61,7 +61,6 @@ class PollSessions:
         self._sessions: dict[bytes, _PollSession] = {}
         self._exchanging: dict[tuple[ServingLoop[Any], str], _PollSession] = {}
         """The newest session of each worker that comes by exchanges, by loop and name."""
-        self._leaving: set[asyncio.Task[None]] = set()
 
     def worker_of(self, token: bytes) -> str:
         """The caller whose open session has this token; empty if none has."""
@@ -157,7 +156,7 @@ class PollSessions:
                 if newest is not None:
                     stack.enter_context(newest.permit.pop_all())
                 else:
-                    await self._permit_again(serving, session, stack)
+                    self._permit_again(serving, session, stack)
             token = secrets.token_bytes(TOKEN_BYTES)
             lease = loop.call_later(LEASE_S, self._lapse, token)
             ends_at_s = loop.time() + LEASE_S
@@ -170,14 +169,14 @@ class PollSessions:
                     self._end(newest.token)
         return token
 
-    async def _permit_again(
+    def _permit_again(
         self, serving: ServingLoop[Any], session: WorkerSession, stack: contextlib.ExitStack
     ) -> None:
         """Give a joined session a permit, because the call that held it has ended meanwhile."""
         try:
             permit = stack.enter_context(serving.session_limit.session())
         except FedMezoError:
-            await serving.leave(session)
+            serving.leave(session)
             raise
         serving.session_limit.joined(permit)
 
@@ -229,6 +228,4 @@ class PollSessions:
             del self._exchanging[place]
         polling.lease.cancel()
         polling.permit.close()
-        leaving = asyncio.get_running_loop().create_task(polling.loop.leave(polling.session))
-        self._leaving.add(leaving)
-        leaving.add_done_callback(self._leaving.discard)
+        polling.loop.leave(polling.session)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -261,10 +262,10 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
                 loop.is_connected(worker) for loop in runs.loops()
             )
 
-    async def _end_sessions_of(self, worker: str, error: FedMezoError) -> None:
+    def _end_sessions_of(self, worker: str, error: FedMezoError) -> None:
         """End a worker's sessions in all runs with `error`."""
         for loop in list(self._runs.loops()):
-            await loop.end_session(worker, error)
+            loop.end_session(worker, error)
 
     def refuse_from_now_on(self) -> None:
         """Ask every later caller to come back, because this program stops."""
@@ -495,13 +496,13 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
                 await self._pacing.next_write()
                 await context.write(loop.sent(session, message))
         finally:
+            if loop is not None and session is not None:
+                loop.leave(session)  # Before anything is awaited: this handler may be cancelled.
             if reader is not None:
                 reader.cancel()
                 # gather tells a cancellation of this handler from the reader's. A handler that
                 # swallows its own cancellation leaks memory in grpc.
                 await asyncio.gather(reader, return_exceptions=True)
-            if loop is not None and session is not None:
-                await loop.leave(session)
 
     async def _hello(self, context: RawContext) -> wire.Hello:
         try:
@@ -534,7 +535,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
                 return
             await loop.receive(session, message)
         # The worker has closed its side; its messages are in the queue ahead of this.
-        await loop.leave(session)
+        loop.leave(session)
 
 
 class _HealthServicer:
@@ -568,6 +569,7 @@ class LiveTls:
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
+        self._looking = threading.Lock()
         self._current = self._taken = self._configuration()
         self.credentials = grpc.dynamic_ssl_server_credentials(
             self._current,
@@ -576,9 +578,10 @@ class LiveTls:
         )
 
     def refresh(self) -> None:
-        """Let new connections have the certificate that the files hold now."""
-        if self._files.changed():
-            self._current = self._configuration()
+        """Let new connections have the certificate that the files hold now; any thread may call."""
+        with self._looking:  # An older certificate must not come after a newer one.
+            if self._files.changed():
+                self._current = self._configuration()
 
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
         material = self._files.material

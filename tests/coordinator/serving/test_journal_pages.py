@@ -27,7 +27,7 @@ from fedmezo_coordinator.serving.journal_pages import (
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.poll_sessions import PollSessions
 from fedmezo_coordinator.serving.service import bind_server, start_server
-from fedmezo_core.errors import JournalCompactedError, NotReadyError
+from fedmezo_core.errors import JournalCompactedError, NotReadyError, UnavailableError
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
@@ -72,6 +72,23 @@ def held_up(thread: Any) -> Iterator[None]:
         yield
     finally:
         over.set()
+
+
+async def test_no_read_is_left_without_an_answer_when_the_journal_is_closed(
+    tmp_path: Path,
+) -> None:
+    """A read that waited for another one was cancelled, and gRPC never answered its caller."""
+    async with served(tmp_path / "journal.db", GENESIS) as running:
+        pages = running.daemon._pages
+        with held_up(pages._thread):
+            waiting = asyncio.create_task(pages.rows_from(0, 1))
+            await asyncio.sleep(0)
+            closing = asyncio.create_task(pages.close())
+            await asyncio.sleep(0)
+        assert len(await waiting) == 1
+        await closing
+        with pytest.raises(UnavailableError, match="journal is being closed; ask again"):
+            await pages.rows_from(0, 1)
 
 
 async def do_nothing() -> None:

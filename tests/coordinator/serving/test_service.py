@@ -13,8 +13,12 @@ from typing import Any
 import grpc
 import pytest
 
+from fedmezo_coordinator.limits.caller_limits import CallerLimits
+from fedmezo_coordinator.limits.connection_watch import ConnectionWatch
 from fedmezo_coordinator.limits.said_seldom import LINES_A_MINUTE
+from fedmezo_coordinator.runs.registry import Runs
 from fedmezo_coordinator.serving import service
+from fedmezo_coordinator.serving.service import CoordinatorServicer
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import (
     DivergedError,
@@ -34,6 +38,7 @@ from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.grpc_status import REASON_KEY
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
+from tests.fuzz.in_process import Context
 from tests.integration.support.harness import (
     ScriptedWorker,
     Served,
@@ -396,6 +401,39 @@ async def test_processes_that_evict_one_another_are_named_in_the_status(
     said = [line for line in caplog.text.splitlines() if "two processes use it" in line]
     assert len(said) == 2
     await work_on(two, at)
+
+
+class Endless(Context):
+    """A stream that says nothing after its first message."""
+
+    async def read(self) -> Any:
+        return self._messages.pop(0) if self._messages else await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_call_that_breaks_off_while_its_session_ends_leaves_no_worker_behind(
+    at: Served, two: list[ScriptedWorker], turns: int
+) -> None:
+    servicer = CoordinatorServicer("coordinator", CallerLimits(0), ConnectionWatch(1))
+    servicer.begin(Runs.of(at.daemon))
+    request = wire.SessionRequest(hello=two[0].hello(worker="w3")).SerializeToString()
+    context: Any = Endless([request])
+    call = asyncio.create_task(servicer.session(None, context))
+
+    async def is_in() -> bool:
+        return at.daemon.is_connected("w3")
+
+    await until(is_in, "the worker")
+    at.daemon._sessions["w3"].end(ProtocolError("no"))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+
+    async def is_out() -> bool:
+        return not at.daemon.is_connected("w3")
+
+    await until(is_out, "the end of its session")
 
 
 async def test_a_worker_that_half_closes_leaves_without_an_error(

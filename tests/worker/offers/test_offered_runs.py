@@ -24,6 +24,7 @@ from fedmezo_core.errors import (
     RevokedError,
     UnavailableError,
     VersionError,
+    WrongRunError,
 )
 from fedmezo_core.service.log_lines import shape_log
 from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory
@@ -116,6 +117,8 @@ class LoadedAtOnce:
 
     def __init__(self, thread: ThreadPoolExecutor | None = None) -> None:
         self.is_closed = False
+        self.may_close = asyncio.Event()
+        self.may_close.set()
 
     def another(self) -> LoadedAtOnce:
         return LoadedAtOnce()
@@ -124,6 +127,7 @@ class LoadedAtOnce:
         """It does nothing."""
 
     async def close(self) -> None:
+        await self.may_close.wait()
         self.is_closed = True
 
 
@@ -512,6 +516,39 @@ async def test_a_run_gives_its_room_to_one_that_waits_and_gets_it_back(
         if reason == "idle":
             agents.end("b")
         await has(lambda: agents.began[:3] == ["a", "b", "a"], "a to come back")
+
+
+@pytest.mark.parametrize("error", [None, WrongRunError("Run a was deleted here; stop.")])
+async def test_a_new_run_with_the_name_of_one_that_ends_is_begun(
+    settings: WorkerSettings, agents: Agents, error: FedMezoError | None
+) -> None:
+    """The end of a deleted run is no reason to stay out of the run that took its name."""
+    async with staying(settings, offer("a")) as offers:
+        await agents.have_begun("a")
+        offers.set(offer("a", rounds=9))
+        await offers.answer_unchanged()
+        assert agents.began == ["a"]
+        agents.end("a", error)
+        await agents.have_begun("a", "a")
+        assert offers.declined == []
+
+
+async def test_a_run_that_gave_way_is_looked_at_again(
+    settings: WorkerSettings, agents: Agents
+) -> None:
+    """Its name may be another run's by the time it has ended."""
+    narrow = settings.model_copy(update={"models_max": 1, "policy": RunPolicy(rounds_max=10)})
+    async with staying(narrow, offer("a"), offer("b")) as offers:
+        await agents.have_begun("a")
+        engine = agents.engines["a"]
+        engine.may_close.clear()
+        engine.idle_s = 61.0
+        offers.set(offer("a", rounds=11), offer("b"))
+        await offers.answer_unchanged()
+        engine.may_close.set()
+        await agents.have_begun("a", "b")
+        await has(lambda: bool(offers.declined), "the refusal")
+        assert "rounds = 11 is more than the 10 that this worker allows" in offers.declined[0][1]
 
 
 @pytest.mark.parametrize("models_max", [None, 2])

@@ -67,6 +67,8 @@ LOOK_EVERY_S: Final = 1.0
 class _Serving:
     """A run that is being served."""
 
+    offer: wire.RunOffer
+    """What it was begun for. A newer offer of the same name is another run."""
     task: asyncio.Task[None]
     engine: EngineThread
     ledger: str
@@ -252,15 +254,15 @@ class OfferedRuns:
                 check_run_id(run_id, genesis.config.run_id)
                 self._settings.for_run(genesis)
             except FedMezoError as error:
-                self._decline(run_id, error)
+                self._decline(offer, error)
                 continue
             self._waiting.append(run_id)
 
-    def _decline(self, run_id: str, error: Exception) -> None:
+    def _decline(self, offer: wire.RunOffer, error: Exception) -> None:
         """Note that a run is not served, and why; said once for each reason."""
-        reason = reason_to_decline(error, self._settings.name)
-        before, offer = self._settled.get(run_id), self._offers.get(run_id)
-        if offer is None:
+        run_id, reason = offer.run_id, reason_to_decline(error, self._settings.name)
+        before = self._settled.get(run_id)
+        if self._offers.get(run_id) != offer:
             log.warning("run %s, which is no longer offered, ended with: %s", run_id, error)
             return
         # What the settings say stays so until the next start.
@@ -303,8 +305,9 @@ class OfferedRuns:
                 return
             self._waiting.remove(run_id)
             engine = self._engine.another()
-            task = asyncio.create_task(self._serve(self._offers[run_id], engine))
-            self._serving[run_id] = _Serving(task, engine, shown, base, time.monotonic())
+            offer = self._offers[run_id]
+            task = asyncio.create_task(self._serve(offer, engine))
+            self._serving[run_id] = _Serving(offer, task, engine, shown, base, time.monotonic())
 
     def _has_room(self, base: tuple[str, str] | None) -> bool:
         """Whether the model of one more run, with that `base`, can be loaded."""
@@ -372,20 +375,18 @@ class OfferedRuns:
         for run_id, serving in ended.items():
             del self._serving[run_id]
             if serving.task.cancelled():
-                if run_id in self._offers:
-                    self._waiting.append(run_id)
-                continue
+                continue  # It gave way, and is looked at again like a new one.
             error = serving.task.exception()
             if error is None:
                 log.info("run %s is over for this worker", run_id)
-                if (offer := self._offers.get(run_id)) is not None:
-                    self._settled[run_id] = _Settled(_identity_of(offer), math.inf)
+                if self._offers.get(run_id) == serving.offer:
+                    self._settled[run_id] = _Settled(_identity_of(serving.offer), math.inf)
                 continue
             if not isinstance(error, FedMezoError):
                 log.error("run %s met an unexpected error", run_id, exc_info=error)
             if not isinstance(error, Exception):
                 raise error
-            self._decline(run_id, error)
+            self._decline(serving.offer, error)
 
 
 def _base_of(genesis: Genesis) -> tuple[str, str] | None:

@@ -77,6 +77,7 @@ function nameInAddress() {
 
 function connect() {
   disconnect();
+  if (document.hidden) return link("", "Resting");
   stream = new EventSource(`/live?run=${encodeURIComponent(wanted)}`);
   stream.addEventListener("open", () => link("on", "Live"));
   stream.addEventListener("error", () => {
@@ -101,12 +102,14 @@ function disconnect() {
 
 // The stream ended with a refusal: it comes back by itself only after a lost connection.
 async function refused() {
+  const ended = stream;
   let status = 0;
   try {
     status = (await fetch("/live", { method: "HEAD" })).status;
   } catch {
     // The coordinator is gone; it may come back.
   }
+  if (stream !== ended) return;  // Another run was chosen meanwhile, or nobody looks any more.
   if (status === 403) over();
   else again();
 }
@@ -377,12 +380,7 @@ addEventListener("hashchange", () => {
 });
 // A page that nobody looks at costs the coordinator nothing.
 document.addEventListener("visibilitychange", () => {
-  if (document.hidden) {
-    disconnect();
-    link("", "Resting");
-  } else {
-    connect();
-    loadWorkers();
-  }
+  connect();
+  loadWorkers();
 });
 connect();
