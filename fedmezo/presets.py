@@ -235,6 +235,18 @@ def with_measured(
     return parse_run({**config.model_dump(), **taken}, "the measured values", config)
 
 
+def measured_sentence(before: RunConfig, after: RunConfig) -> str:
+    """What was measured, for the log: `before` with its default rate became `after`."""
+    own, taken = before.learning_rate, after.learning_rate
+    if taken < own:
+        rate = f"learning_rate = {taken:g}; the default of {own:g} is too long for this model"
+    elif taken > own:
+        rate = f"learning_rate = {taken:g}; this model allows more than the default of {own:g}"
+    else:
+        rate = f"the default learning_rate = {own:g} is not too long for this model"
+    return f"{rate}; eps = {after.eps:g}"
+
+
 def unmeasured_rate(config: RunConfig, why: str) -> str:
     """The warning that a new run's rate, which its user did not set, knows nothing of the model."""
     return (
@@ -286,7 +298,8 @@ def preset_toml(preset: Preset) -> str:
     """The lines of a TOML file that the preset stands for, from `[run]` on."""
     lines = [f"# {preset.purpose}", *(f"# {line}" for line in wrap(preset.result, 96))]
     if "learning_rate" not in preset.values:
-        lines.append("# The learning rate follows from the number of rounds, workers and probes.")
+        walk = "" if preset.walk_length is None else f" and a walk length of {preset.walk_length:g}"
+        lines.append(f"# The learning rate follows from the rounds, workers and probes{walk}.")
     lines.append("# The coordinator shortens the rate if its rows show that it is too long.")
     tables = {"run": preset.values}
     for key, value in preset.values.items():

@@ -14,7 +14,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmezo.genesis import GenesisLike, decode_genesis
-from fedmezo.presets import parse_contract, unmeasured_rate, with_measured
+from fedmezo.presets import (
+    measured_sentence,
+    parse_contract,
+    unmeasured_rate,
+    with_measured,
+)
 from fedmezo.run_policy import RunPolicy
 from fedmezo.scorer import Scorer
 from fedmezo_core.config import RunConfig
@@ -297,10 +302,7 @@ def begin_run(
             party, rows, config.workers_expected, threads=threads, row_states_max=ROW_STATES_MAX
         )
         config = with_measured(genesis.config, measured, given)
-        log.info(
-            "measured: the run takes learning_rate = %g and eps = %g",
-            *(config.learning_rate, config.eps),
-        )
+        log.info("measured: %s", measured_sentence(genesis.config, config))
         return replace(genesis, config=config)
     if not has_rate:
         log.warning("%s", unmeasured_rate(config, "there are no rows for that; give rate_rows"))

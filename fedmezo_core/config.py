@@ -751,6 +751,29 @@ class RunConfig(_Frozen):
         return recipe
 
 
+def _check_no_booleans(
+    values: Mapping[str, Any], kind: type[BaseModel], where: str, prefix: str = ""
+) -> None:
+    """Refuse true and false where a number stands; pydantic takes them for 1 and 0."""
+    for key, value in values.items():
+        field = kind.model_fields.get(key)
+        if field is None:
+            continue
+        table = _table_in(field.annotation)
+        if isinstance(value, Mapping) and table is not None:
+            _check_no_booleans(value, table, where, f"{prefix}{key}.")
+        elif isinstance(value, bool) and _is_number(field.annotation):
+            raise ConfigError(
+                f"{where}: {prefix}{key} = {str(value).lower()} is not allowed: use a number."
+            )
+
+
+def _is_number(annotation: object) -> bool:
+    """Whether a type is that of numbers alone, or of none."""
+    parts = [part for part in get_args(annotation) if part is not type(None)] or [annotation]
+    return all(part in (int, float) for part in parts)
+
+
 def sentence_of(
     error: ValidationError,
     where: str,
@@ -927,6 +950,8 @@ def parse_run(
     if isinstance(task, dict):
         version = begun.task.template_version if begun else NEWEST_TEMPLATE_VERSION
         values = {**values, "task": {"template_version": version, **task}}
+    if begun is None:
+        _check_no_booleans(values, RunConfig, where)
     has_no_rate = begun is None and "learning_rate" not in values
     # What is compared with the rate waits until there is one.
     waits = ("personal_rate_amplitude", "weight_decay") if has_no_rate else ()

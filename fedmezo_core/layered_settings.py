@@ -14,9 +14,9 @@ from enum import StrEnum
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ByteSize, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefinedType
 from pydantic_settings import (
@@ -90,7 +90,18 @@ def _check_key(value: str) -> str:
     return value
 
 
-UserPath = Annotated[Path, AfterValidator(lambda path: Path(expanded(str(path))))]
+def _check_not_empty(path: object) -> object:
+    # `Path` takes an empty text for the current folder.
+    if path == "":
+        raise ValueError("it is empty: write a path, or leave it out")
+    return path
+
+
+UserPath = Annotated[
+    Path,
+    BeforeValidator(_check_not_empty),
+    AfterValidator(lambda path: Path(expanded(str(path)))),
+]
 """A file or folder; `~` at its start is the user's home folder."""
 UserPathText = Annotated[str, AfterValidator(expanded)]
 """A file or folder, or another name such as a URL; `~` at its start is the user's home folder."""
@@ -133,6 +144,7 @@ def load_settings(kind: type[Settings], arguments: Sequence[str], *, program: st
     """
     prefix = kind.model_config.get("env_prefix", "")
     arguments, config_path = _take_config_flag(arguments, f"{prefix}CONFIG")
+    _check_environment(kind, prefix)
     file_values = _read_toml(config_path) if config_path is not None else {}
 
     class _Loaded(kind):  # type: ignore[misc, valid-type]
@@ -175,6 +187,42 @@ def load_settings(kind: type[Settings], arguments: Sequence[str], *, program: st
             f"for example --run '{{\"rounds\": 5}}', and check the flags and {prefix}*."
         ) from None
     return loaded
+
+
+_OF_KUBERNETES = re.compile(r"SERVICE_(HOST|PORT.*)|PORT(_[0-9]+_.*)?")
+"""Ends of the variables that Kubernetes sets in each pod for a service, such as one of our name."""
+
+
+def _check_environment(kind: type[BaseSettings], prefix: str) -> None:
+    """Refuse environment variables of this program that are none of its settings.
+
+    Nobody else would say so of a misspelt one: the environment has the variables of everybody.
+    """
+    for name in os.environ:
+        if not prefix or not name.upper().startswith(prefix):
+            continue
+        rest = name[len(prefix) :].upper()
+        path = rest.lower().split("__")
+        field = kind.model_fields.get(path[0])
+        if rest == "CONFIG" or _OF_KUBERNETES.fullmatch(rest):
+            continue
+        if field is not None and (len(path) == 1 or _takes_keys(field.annotation)):
+            continue
+        tables = [key for key, one in kind.model_fields.items() if _takes_keys(one.annotation)]
+        table = next((key for key in tables if path[0].startswith(f"{key}_")), None)
+        if table is not None:
+            near = [f"{table}__{path[0].removeprefix(f'{table}_')}"]
+        else:
+            near = get_close_matches(path[0], kind.model_fields, 1)
+        remedy = f"write {prefix}{near[0].upper()}, or unset it" if near else "unset it"
+        raise ConfigError(f"The environment variable {name} is no setting; {remedy}.")
+
+
+def _takes_keys(annotation: object) -> bool:
+    """Whether values of this type are tables, or may be."""
+    if isinstance(annotation, type) and issubclass(annotation, (BaseModel, dict)):
+        return True
+    return get_origin(annotation) is dict or any(map(_takes_keys, get_args(annotation)))
 
 
 _OF_FLAGS = "error parsing CLI: "

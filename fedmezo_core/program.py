@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import functools
 import logging
 import os
 import re
@@ -352,7 +354,9 @@ def long_step(what: str, total: int | None = None, unit: str = "") -> Iterator[L
     arguments are the fields of `LongStep`.
     """
     step, over = LongStep(what, total, unit), threading.Event()
-    showing = threading.Thread(target=_show_step, args=(step, over), name="step", daemon=True)
+    # Its lines are of the same run as those of the caller.
+    show = functools.partial(contextvars.copy_context().run, _show_step, step, over)
+    showing = threading.Thread(target=show, name="step", daemon=True)
     _steps.append(step)
     showing.start()
     try:

@@ -547,12 +547,20 @@ class RelaySettings(ServingSettings):
 
     @model_validator(mode="after")
     def _not_its_own_coordinator(self) -> Self:
-        if self.upstream == self.listen:
+        (above, port), (own, own_port) = (
+            one.rsplit(":", 1) for one in (self.upstream, self.listen)
+        )
+        is_here = above == own or (above in _THIS_MACHINE and own in _THIS_MACHINE | _ANY_ADDRESS)
+        if is_here and port == own_port:
             raise ValueError(
-                f"upstream and listen are both {self.listen}: a relay cannot be its own "
-                "coordinator; set upstream to the coordinator's address"
+                f"upstream = {self.upstream} is this relay's own address, listen = {self.listen}; "
+                "set upstream to the coordinator's address"
             )
         return self
+
+
+_THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "[::1]"})
+_ANY_ADDRESS = frozenset({"0.0.0.0", "[::]"})
 
 
 def model_label(model: str) -> str:

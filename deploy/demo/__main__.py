@@ -237,7 +237,7 @@ def _fit(federation: Processes, what: Plan, console: Console) -> None:
             ],
         )
     _say(
-        f"Done without being asked: fitted an adapter of rank {lora['rank']} on {layer} "
+        f"Fitted an adapter of rank {lora['rank']} on {layer} "
         f"to {inputs.text_count} texts {whose} in {time.monotonic() - began_s:.0f} s, without "
         "their labels (docs/decisions/0015)."
     )
@@ -290,8 +290,8 @@ async def _watch(federation: Processes, what: Plan, console: Console) -> wire.Ge
                 if not has_answered and "learning_rate" not in what.coordinator["run"]:
                     rate = (await client.get_run()).genesis.config.learning_rate
                     _say(
-                        "Done without being asked: the coordinator chose the learning rate "
-                        f"{rate:g} for this model and these rows (docs/choosing.md)."
+                        f"The coordinator chose the learning rate {rate:g} for this model and "
+                        "these rows (docs/choosing.md)."
                     )
                 has_answered = True
                 left = pace.seconds_left(status, time.monotonic())

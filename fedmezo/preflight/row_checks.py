@@ -72,8 +72,12 @@ def check_repeated(
     rows: Sequence[Example],
     task: TaskConfig,
     heldout: Sequence[Example] = (),
+    used: str = "trained on",
 ) -> None:
-    """Whether rows repeat each other, or come back among the held-out rows."""
+    """Whether rows repeat each other, or come back among the held-out rows.
+
+    `used`: what the rows are for, as the end of "a row that is ...".
+    """
     texts = Counter(_text_of(row, task) for row in rows)
     repeated = len(rows) - len(texts)
     judged = sum(_text_of(row, task) in texts for row in heldout)
@@ -81,8 +85,8 @@ def check_repeated(
     if judged:
         report.warning(
             "repeated",
-            f"{whose}: {counted(judged, 'held-out row')} with the text of a row that is trained "
-            "on, which makes results look better than they are; remove them from one of the two.",
+            f"{whose}: {counted(judged, 'held-out row')} with the text of a row that is {used}, "
+            "which makes results look better than they are; remove them from one of the two.",
             **values,
         )
     elif repeated > REPEATED_SHARE_MAX * len(rows):

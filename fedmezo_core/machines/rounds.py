@@ -100,6 +100,8 @@ from fedmezo_core.trust.secure_aggregation.fixed_point import mean_of_sums
 from fedmezo_core.trust.secure_aggregation.masking import SumContext, run_digest_of
 from fedmezo_core.trust.secure_aggregation.sum_collector import SumCollector
 
+RATE_FACTOR_MAX = 1e9
+"""Most that all resumptions of a run together multiply its learning rates by."""
 FRUITLESS_DEADLINES_MAX = 2
 """Deadlines in a row at which no worker could measure, before the run pauses."""
 FAILED_ATTEMPTS_MAX = 8
@@ -259,11 +261,7 @@ class RoundMachine:
                 f"The run is {self.phase.value}, not paused, so there is nothing to resume; start "
                 "the coordinator without resume."
             )
-        if not (math.isfinite(rate_factor) and rate_factor > 0):
-            raise ConfigError(
-                f"The learning rates cannot be multiplied by {rate_factor!r}; "
-                "give a number above 0."
-            )
+        self.check_rate_factor(rate_factor)
         self._record(Resumed(rate_factor))
         self._fruitless_deadlines = self._failed_attempts = 0
         self._resumed_after = self.state.round
@@ -273,6 +271,24 @@ class RoundMachine:
             self._assign_outstanding()  # Who joined meanwhile was not told of its work.
         self._advance()
         return self._take_ready()
+
+    def check_rate_factor(self, rate_factor: float) -> None:
+        """Raise `ConfigError` if the learning rates cannot be meant to be multiplied by this.
+
+        All factors of a run count together: nothing can undo one that is in the journal.
+        """
+        if not (math.isfinite(rate_factor) and rate_factor > 0):
+            raise ConfigError(
+                f"The learning rates cannot be multiplied by {rate_factor!r}; "
+                "give a number above 0."
+            )
+        together = self.state.rate_factor * rate_factor
+        if not 1 / RATE_FACTOR_MAX <= together <= RATE_FACTOR_MAX:
+            raise ConfigError(
+                f"With {rate_factor:g} the learning rates would be {together:g} times the "
+                f"contract's; give a factor with which they stay below {RATE_FACTOR_MAX:g} times "
+                "and above its inverse."
+            )
 
     def pause(self, reason: str) -> Ready:
         """Hold the run for a person's `reason` until `resume`; a paused run stays as it is.

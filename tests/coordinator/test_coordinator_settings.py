@@ -90,17 +90,21 @@ def test_the_home_folder_is_meant_in_every_path(
     ]
     # A worker that serves a socket, or measures with a form, has no use for most of the others, and
     # a member is told by its fleet what to trust. Each of many runs has settings of its own, an
-    # adapter is given or fitted, and models have paths in a table.
-    special = ("serve", "base_form", "state", "tls_cert_ca", "runs", "adapter_rows", "models")
+    # adapter is given or fitted, models have paths in a table, and evaluations are no rows.
+    special = (
+        "serve", "base_form", "state", "tls_cert_ca", "runs", "adapter_rows", "models", "evaluations"
+    )  # fmt: skip
     groups = [[name for name in paths if name not in special]]
     groups += [["data", "model", "serve"], ["base_form", "data"]] if "serve" in paths else []
-    groups += [["adapter_rows"]] if "adapter_rows" in paths else []
+    groups += [[name] for name in ("adapter_rows", "evaluations") if name in paths]
     of_fleet = ["state", "tls_cert", "tls_cert_ca", "tls_key", "runs"]
     groups += [[name for name in of_fleet if name in paths]]
     for group in groups:
         given: dict[str, Any] = {"name": "w1", "data": "rows"} | dict.fromkeys(group, "~/file")
         if "privacy_ledger" in group:
             given |= {"privacy_epsilon": 1.0, "privacy_clip": 1.0}
+        if "evaluations" in group:
+            given |= {"heldout": "own.csv"}
         values: dict[str, Any] = {name: given[name] for name in kind.model_fields if name in given}
         settings = kind(**values)
         assert {str(getattr(settings, name)) for name in group} == {f"{tmp_path}/file"}
@@ -287,6 +291,22 @@ def test_factors_that_are_fitted_to_nothing_are_known(
     adapter = {"rank": 2, "alpha": 2, "target_modules": ["q_proj"], "freeze_a": True, **lora}
     given = CoordinatorSettings(model="m", **settings)
     assert factors_stay_random(given, config_of(lora=adapter)) is random
+
+
+@pytest.mark.parametrize(
+    ("upstream", "listen"),
+    [
+        ("10.0.0.7:7466", "10.0.0.7:7466"),
+        ("localhost:7466", "127.0.0.1:7466"),
+        ("127.0.0.1:7466", "0.0.0.0:7466"),
+        ("[::1]:7466", "[::]:7466"),
+    ],
+)
+def test_a_relay_is_not_its_own_coordinator(upstream: str, listen: str) -> None:
+    values = {"name": "site-a", "upstream": upstream, "listen": listen}
+    with pytest.raises(ValidationError, match="is this relay's own address"):
+        RelaySettings.model_validate(values)
+    RelaySettings.model_validate(values | {"listen": "127.0.0.1:7467"})
 
 
 def test_a_relay_is_of_the_coordinator_whose_fleet_it_joins() -> None:

@@ -498,3 +498,17 @@ def test_the_line_that_names_a_copy_is_what_a_worker_reads(model: str) -> None:
     line, _, _ = how_to_name_a_copy(model).partition(" under [models]")
     assert "\n" not in line
     assert tomllib.loads(f"[models]\n{line}") == {"models": {model: "FOLDER"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rounds": True}, "run: rounds = true is not allowed: use a number."),
+        ({"learning_rate": False}, "run: learning_rate = false is not allowed: use a number."),
+        (with_task(tokens_max=True), "run: task.tokens_max = true is not allowed"),
+    ],
+)
+def test_true_is_no_number(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_run(VALUES | changes, "run")
+    assert str(caught.value).startswith(said)

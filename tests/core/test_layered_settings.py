@@ -112,6 +112,31 @@ def test_a_bad_value_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
     assert "port_number = 'x' is not allowed" in complaint()
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("EXAMPLE_PORT_NUMBR", "write EXAMPLE_PORT_NUMBER, or unset it"),
+        ("EXAMPLE_RUN_ROUNDS", "write EXAMPLE_RUN__ROUNDS, or unset it"),
+        ("EXAMPLE_LABEL__X", "write EXAMPLE_LABEL, or unset it"),
+        ("example_zzz", "unset it"),
+    ],
+)
+def test_a_misspelt_variable_of_the_environment_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, remedy: str
+) -> None:
+    monkeypatch.setenv(name, "3")
+    assert complaint() == f"The environment variable {name} is no setting; {remedy}."
+
+
+@pytest.mark.parametrize(
+    "name", ["EXAMPLE_PORT", "EXAMPLE_PORT_7465_TCP_ADDR", "EXAMPLE_SERVICE_HOST", "EXAMPLES_X"]
+)
+def test_variables_of_others_are_let_alone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Kubernetes sets the first ones for a service with the program's name."""
+    monkeypatch.setenv(name, "tcp://10.0.0.7:7465")
+    assert load().label == "none"
+
+
 def test_a_bad_value_in_the_file_names_the_file(file: Path) -> None:
     file.write_text("port_number = true\nchatty = 7\n")
     said = complaint("--config", str(file))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -310,19 +311,19 @@ def test_a_long_step_says_again_and_again_how_far_it_is(
     caplog.set_level(logging.INFO, "fedmezo.steps")
     monkeypatch.setattr(program, "STEP_LINE_EVERY_S", 0.05)
 
-    def until_told(sentence: str) -> None:
+    def until_told(pattern: str) -> None:
         end_s = time.monotonic() + 20
-        while sentence not in caplog.messages:
+        while not any(re.fullmatch(pattern, message) for message in caplog.messages):
             assert time.monotonic() < end_s, caplog.messages
             time.sleep(0.01)
 
     with long_step("reading", 3000, "records") as step:
-        until_told("reading: 0 of 3,000 records, 0 s so far")
+        until_told(r"reading: 0 of 3,000 records, \d+ s so far")
         step.advance(1200)
-        until_told("reading: 1,200 of 3,000 records, 0 s so far")
-        assert current_step() == "reading: 1,200 of 3,000 records, 0 s so far"
+        until_told(r"reading: 1,200 of 3,000 records, \d+ s so far")
+        assert current_step().startswith("reading: 1,200 of 3,000 records, ")
         with long_step("loading"):
-            assert current_step() == "loading: 0 s so far"
+            assert re.fullmatch(r"loading: \d+ s so far", current_step())
     assert current_step() == ""
     told = len(caplog.messages)
     time.sleep(0.1)

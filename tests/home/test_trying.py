@@ -220,3 +220,6 @@ def test_the_code_in_the_card_works(
         names: dict[str, Any] = {}
         exec(code, names)
         assert names["model"].config.vocab_size == 384
+        base = ("--model", run.model) if kind == "adapter" else ()
+        said = invoked("generate", folder, "A gripping film.", *base, "--format", "json")
+        assert names["label"] == json.loads(said)["label"]

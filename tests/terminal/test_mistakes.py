@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
+from typer.main import get_command
 
 from fedmezo_coordinator.programs import fedmezo_command
 from fedmezo_proto.v1 import runs_pb2 as wire
@@ -61,6 +64,31 @@ def test_a_value_that_is_not_allowed(complaint: Complaints, name: str) -> None:
     assert status == 2
     assert "'yaml' is not one of" in said
     assert said.endswith(f"; see {name} --help.")
+
+
+def floats_of() -> list[tuple[str, str]]:
+    """Each option of a command whose value is a number that need not be whole."""
+    found = []
+    for name in COMMANDS:
+        command: Any = get_command(fedmezo_command.app)
+        for word in words_of(name):
+            command = command.commands[word]
+        found += [
+            (name, option.opts[0])
+            for option in command.params
+            if isinstance(option.type, click.types.FloatParamType)
+        ]
+    return found
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(("name", "option"), floats_of())
+def test_a_number_that_is_not_finite(
+    complaint: Complaints, name: str, option: str, value: str
+) -> None:
+    status, said = complaint(*words_of(name), option, value)
+    assert status == 2
+    assert f"{value} is not allowed" in said or "is not in the range" in said, said
 
 
 def test_what_is_no_command(complaint: Complaints) -> None:
@@ -164,8 +192,8 @@ async def test_a_run_that_nobody_knows(
     complaint: Complaints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = (
-        "There is no run 'gone' here: going on is one; give the name of one that `fedmezo run "
-        "list` shows."
+        "There is no run 'gone' here: one is going on; `fedmezo run list` shows the names, which "
+        "--run-id takes."
     )
     async with hosted(tmp_path / "runs", monkeypatch) as at:
         await at.create("one")

@@ -62,6 +62,16 @@ def load(changes: dict[str, str] | None = None) -> WorkerSettings:
             {"--serve": "here.sock", "--model": "m", "--coordinator": "127.0.0.1:7465"},
             "coordinator has no meaning with serve",
         ),
+        ({"--heldout": ""}, "heldout = '' is not allowed: it is empty: write a path, or leave it"),
+        ({"--data": ""}, "data is not allowed: it is empty: name a file or folder of rows"),
+        (
+            {"--heldout": "own.csv", "--evaluations": "./own.csv"},
+            "evaluations = 'own.csv' would be written among the rows of heldout",
+        ),
+        (
+            {"--data": "rows", "--heldout": "own.csv", "--evaluations": "rows/found.jsonl"},
+            "evaluations = 'rows/found.jsonl' would be written among the rows of data",
+        ),
     ],
 )
 def test_a_value_that_is_not_allowed_is_named(changes: dict[str, str], words: str) -> None:

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from fedmezo_core.errors import PolicyError
 from fedmezo_core.layered_settings import UserPath
@@ -30,10 +38,24 @@ def check_whole_budget(
         raise ValueError(f"privacy_epsilon needs {missing[0]}; set both")
 
 
-def check_rows_to_evaluate_on(heldout: Path | None, evaluations: Path | None) -> None:
-    """Raise `ValueError` for a file of evaluations without rows to evaluate on."""
-    if evaluations is not None and heldout is None:
+def check_rows_to_evaluate_on(rows: Mapping[str, Path | None], evaluations: Path | None) -> None:
+    """Raise `ValueError` for a file of evaluations without held-out rows, or among the `rows`.
+
+    `rows`: the settings that name rows, among them `heldout`, with their values.
+    """
+    if evaluations is None:
+        return
+    if rows["heldout"] is None:
         raise ValueError("evaluations needs heldout, the rows to evaluate on; set both")
+    written = evaluations.resolve()
+    # A folder of evaluations has a file for each run.
+    places = {written} if written.is_dir() else {written, written.parent}
+    for key, path in rows.items():
+        if path is not None and path.resolve() in places:
+            raise ValueError(
+                f"evaluations = {str(evaluations)!r} would be written among the rows of {key}; "
+                "name another file"
+            )
 
 
 class DataSet(BaseModel):
@@ -59,7 +81,7 @@ class DataSet(BaseModel):
             ledger=self.privacy_ledger,
             is_delta_given="privacy_delta" in self.model_fields_set,
         )
-        check_rows_to_evaluate_on(self.heldout, self.evaluations)
+        check_rows_to_evaluate_on({"path": self.path, "heldout": self.heldout}, self.evaluations)
         return self
 
     def settings(self) -> dict[str, Any]:
@@ -72,6 +94,12 @@ SETTINGS_OF_ROWS = frozenset(DataSet.model_fields) - {"path"}
 """Settings that belong to a data set."""
 
 
+def _check_some(data_sets: dict[str, DataSet]) -> dict[str, DataSet]:
+    if not data_sets:
+        raise ValueError("it is empty: name a file or folder of rows, or a table [data.NAME]")
+    return data_sets
+
+
 def _kind(value: object) -> str:
     return "" if isinstance(value, Mapping) else "file"
 
@@ -79,7 +107,11 @@ def _kind(value: object) -> str:
 Data = Annotated[
     Annotated[UserPath, Tag("file")]
     # Without a word of its own in messages: a person writes data.reviews.path.
-    | Annotated[dict[Annotated[str, Field(pattern=DATA_SET_NAME)], DataSet], Tag("")],
+    | Annotated[
+        dict[Annotated[str, Field(pattern=DATA_SET_NAME)], DataSet],
+        AfterValidator(_check_some),
+        Tag(""),
+    ],
     Discriminator(_kind),
 ]
 """One data set without a name, by its path, or data sets by their names."""

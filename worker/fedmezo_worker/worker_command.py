@@ -116,6 +116,8 @@ async def run(settings: WorkerSettings) -> None:
         await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             working.result()
+        else:
+            log.info("stopping")
     finally:
         for task in (working, stopping):
             task.cancel()

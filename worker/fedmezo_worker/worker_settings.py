@@ -331,7 +331,8 @@ class WorkerSettings(ProgramSettings):
 
     @model_validator(mode="after")
     def _rows_to_evaluate_on(self) -> WorkerSettings:
-        check_rows_to_evaluate_on(self.heldout, self.evaluations)
+        data = None if self.data_sets else self.rows
+        check_rows_to_evaluate_on({"data": data, "heldout": self.heldout}, self.evaluations)
         return self
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from fedmezo_coordinator.conformance.report import Report
 from fedmezo_coordinator.conformance.worker_battery import WorkerTest, check_can_lead
 from fedmezo_coordinator.conformance.worker_endings import run_worker_battery, starting
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
-from fedmezo_coordinator.programs.plain_values import json_line
+from fedmezo_coordinator.programs.plain_values import finite, json_line
 from fedmezo_coordinator.programs.taking_home.start_adapter import fitted_adapter
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.errors import ConfigError, JournalCorruptError
@@ -49,7 +49,10 @@ Format = Annotated[
     typer.Option("--format", help="table: each check as it ends; json: one line at the end"),
 ]
 PatienceS = Annotated[
-    float, typer.Option(min=0.1, help="longest wait for each thing that must come, in seconds")
+    float,
+    typer.Option(
+        min=0.1, callback=finite, help="longest wait for each thing that must come, in seconds"
+    ),
 ]
 
 
@@ -121,12 +124,20 @@ def worker(
         ),
     ] = None,
     correlation_min: Annotated[
-        float, typer.Option(help="least correlation of projected gradients with ours")
+        float,
+        typer.Option(
+            min=-1,
+            max=1,
+            callback=finite,
+            help="least correlation of projected gradients with ours",
+        ),
     ] = 0.99,
     difference_max: Annotated[
         float,
         typer.Option(
-            help="greatest difference of a projected gradient from ours, relative to their size"
+            min=0,
+            callback=finite,
+            help="greatest difference of a projected gradient from ours, relative to their size",
         ),
     ] = 0.1,
     patience_s: PatienceS = 60.0,

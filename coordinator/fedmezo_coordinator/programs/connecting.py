@@ -16,15 +16,18 @@ from typing import Annotated
 
 import typer
 
+from fedmezo_coordinator.programs.plain_values import finite
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.errors import ConfigError, IdentityError, UnavailableError
 from fedmezo_core.folders import state_home
+from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import Journal, MemoryStore, Row
 from fedmezo_core.journal.sealed import StoredState
 from fedmezo_core.layered_settings import check_address, expanded
 from fedmezo_core.program import long_step
-from fedmezo_core.records import SignedHead
+from fedmezo_core.records import Genesis, SignedHead
 from fedmezo_core.trust.identity import Identity
+from fedmezo_core.wire.admission import check_run_id
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.enrolment import identity_in, renewed
 
@@ -95,6 +98,9 @@ State = Annotated[
 RunId = Annotated[
     str,
     typer.Option("--run-id", help="run to ask about; default: the only one that is not over"),
+]
+EveryS = Annotated[
+    float, typer.Option(min=0.1, callback=finite, help="seconds between two updates")
 ]
 JournalArgument = Annotated[
     str | None,
@@ -218,17 +224,39 @@ async def _renew(address: str, identity: Identity) -> None:
 
 
 @contextlib.contextmanager
-def opened_journal(journal: str | None, link: Callable[[], Link] | None) -> Iterator[Journal]:
-    """Open a journal, or a copy of the one that a coordinator sends; one of the two is given."""
+def opened_journal(
+    journal: str | None, link: Callable[[], Link] | None, run_id: str = ""
+) -> Iterator[Journal]:
+    """Open a journal, or a copy of the one that a coordinator sends; one of the two is given.
+
+    Raises `ConfigError` for a journal without a name, `WrongRunError` for one of another run than
+    `run_id`, if that is given.
+    """
+    if journal == "":
+        raise ConfigError("The journal's name is empty; name its file, or leave it out.")
     if journal:
         store = open_store(journal, read_only=True)
     else:
         assert link is not None
         store = asyncio.run(_fetched(link()))
     try:
-        yield Journal(store)
+        source = Journal(store)
+        if journal and run_id:
+            check_run_id(run_id, _genesis_in(source).config.run_id)
+        yield source
     finally:
         store.close()
+
+
+def _genesis_in(journal: Journal) -> Genesis:
+    origin = journal.origin()
+    if origin is not None:
+        return origin.genesis
+    for row in journal.read(0, 1):
+        record = decode_record(row.body)
+        if isinstance(record, Genesis):
+            return record
+    raise ConfigError("The journal holds no run yet; start its coordinator first.")
 
 
 async def _fetched(link: Link) -> MemoryStore:

@@ -21,6 +21,7 @@ from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.conformance_command import conformance_app
 from fedmezo_coordinator.programs.connecting import (
     Coordinator,
+    EveryS,
     JournalArgument,
     JournalOption,
     RunId,
@@ -38,6 +39,7 @@ from fedmezo_coordinator.programs.plain_values import (
     AsJson,
     Format,
     chosen_format,
+    finite,
     json_line,
     origin_values,
     record_values,
@@ -196,7 +198,7 @@ def watch(
     tls: Tls = False,
     state: State = None,
     run_id: RunId = "",
-    every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two updates")] = 1.0,
+    every_s: EveryS = 1.0,
     format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Show a run until it is finished and evaluated; Ctrl-C stops the display, not the run."""
@@ -218,7 +220,11 @@ def inspect(
     """Print the journal's records, one on each line."""
     format_ = chosen_format(format_, as_json)
     link = partial(link_to, coordinator, tls_ca, tls, state, run_id)
-    with opened_journal(journal, link) as source:
+    with opened_journal(journal, link, run_id) as source:
+        if from_seqno and from_seqno >= len(source):
+            raise ConfigError(
+                f"--from-seqno {from_seqno} is beyond the journal's last record, {len(source) - 1}."
+            )
         origin = source.origin()
         if origin is not None and from_seqno < origin.seqno:
             say(format_, _origin_line(origin), origin_values(origin))
@@ -245,7 +251,7 @@ def verify(
 ) -> None:
     """Check the records' hashes, order, meaning and number, and print the journal's head."""
     link = partial(link_to, coordinator, tls_ca, tls, state, run_id)
-    with opened_journal(journal, link) as source:
+    with opened_journal(journal, link, run_id) as source:
         audit = SignatureAudit(source.origin()) if signatures else None
         found = _verified_run(source, audit)
         if journal:
@@ -270,7 +276,7 @@ def tensorboard(
     from fedmezo_coordinator.web.event_files import write_event_file
 
     link = partial(link_to, coordinator, tls_ca, tls, state, run_id)
-    with opened_journal(journal, link) as source:
+    with opened_journal(journal, link, run_id) as source:
         count = write_event_file(source, folder)
     say(
         format_,
@@ -410,7 +416,10 @@ def audit(
         str, typer.Option(help="rounds to repeat, as in 3,7,11-13; default: all that it answered")
     ] = "",
     tolerance: Annotated[
-        float, typer.Option(min=0, help="largest difference that another kind of machine may make")
+        float,
+        typer.Option(
+            min=0, callback=finite, help="largest difference that another kind of machine may make"
+        ),
     ] = TOLERANCE,
     model: Annotated[
         str, typer.Option(help="base model: hub name or folder; default: the name in the journal")
@@ -434,7 +443,7 @@ def audit(
     check_data(data)
     wanted_rounds = rounds_in(rounds)
     link = partial(link_to, coordinator, tls_ca, tls, state, run_id)
-    with opened_journal(journal, link) as source:
+    with opened_journal(journal, link, run_id) as source:
         what = audit_of(source, worker, wanted_rounds)
     wanted = what.genesis.config.task.objective
     if wanted and wanted != objective:
@@ -533,7 +542,9 @@ def probe(
 @app.command()
 def privacy(
     ledger: Annotated[Path, typer.Argument(callback=user_path, help="a worker's privacy_ledger")],
-    delta: Annotated[float, typer.Option(help="the worker's privacy_delta")] = 1e-5,
+    delta: Annotated[
+        float, typer.Option(callback=finite, help="the worker's privacy_delta")
+    ] = 1e-5,
     format_: Format = OutputFormat.TEXT,
     as_json: AsJson = False,
 ) -> None:
@@ -585,7 +596,7 @@ def split(
     by: Annotated[str | None, typer.Option(help="column that holds the class or category")] = None,
     alpha: Annotated[
         float | None,
-        typer.Option(help="dirichlet: smaller is more uneven (default 0.5)"),
+        typer.Option(callback=finite, help="dirichlet: smaller is more uneven (default 0.5)"),
     ] = None,
     rows_min: Annotated[
         int | None,

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shlex
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +40,8 @@ from fedmezo_core.errors import ConfigError
 from fedmezo_core.folders import state_home
 from fedmezo_core.layered_settings import OutputFormat
 from fedmezo_core.trust.authorisation import MEMBER_ROLES, Role
+from fedmezo_core.trust.identity import Identity, load_identity
+from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.wire.enrolment import ROLES, become_member
 from fedmezo_proto.v1 import admin_pb2 as wire
 
@@ -195,21 +200,44 @@ def join(
     ] = None,
     format_: Format = OutputFormat.TEXT,
 ) -> None:
-    """Become an observer or an operator; other commands find the identity, or take --state."""
-    folder = state or state_home() / JOINED
-    identity = asyncio.run(
-        become_member(join_string, folder, name, MEMBER_ROLES, give_up_after_s=0)
-    )
+    """Become an observer or an operator; other commands find the identity, or take --state.
+
+    A worker joins by itself when it starts with its join string.
+    """
+    identity = _joined(join_string, name, state)
+    text = f"{identity.folder}: {identity.role} {identity.name} of the fleet of {identity.address}"
+    if identity.role is Role.WORKER:
+        text += f"\nStart the worker with --state {shlex.quote(str(identity.folder))}."
     say(
         format_,
-        f"{folder}: {identity.role} {identity.name} of the fleet of {identity.address}",
+        text,
         {
-            "state": str(folder),
+            "state": str(identity.folder),
             "role": str(identity.role),
             "name": identity.name,
             "address": identity.address,
         },
     )
+
+
+def _joined(join_string: str, name: str, state: Path | None) -> Identity:
+    """The identity that comes of a join string, in `state` or where commands look for it.
+
+    That of a worker is none that commands look for, and takes the place of no other.
+    """
+    found_by_commands = state_home() / JOINED
+    folder = state
+    if folder is None:
+        kept = load_identity(found_by_commands)
+        if kept is not None and kept.token_id == parse_join_string(join_string).token_id.hex():
+            return kept
+    identity = asyncio.run(
+        become_member(join_string, folder, name, MEMBER_ROLES, give_up_after_s=0)
+    )
+    if state is not None or identity.role is Role.WORKER:
+        return identity
+    shutil.rmtree(found_by_commands, ignore_errors=True)
+    return replace(identity, folder=identity.folder.rename(found_by_commands))
 
 
 def exclude(

@@ -160,9 +160,9 @@ def export(
         return link_to(coordinator, tls_ca, tls, state, run_id)
 
     if as_ is ExportAs.JOURNAL:
-        _export_journal(out, journal, adapter, link, round_, best=best, format_=format_)
+        _export_journal(out, journal, adapter, link, run_id, round_, best=best, format_=format_)
         return
-    with opened_journal(journal, link) as source:
+    with opened_journal(journal, link, run_id) as source:
         plan = plan_of(source, round_, best=best)
     if snapshots is None and journal:
         snapshots = path_beside(journal, ".snapshots")
@@ -282,6 +282,7 @@ def _export_journal(
     journal: str | None,
     adapter: Path | None,
     link: Callable[[], Link],
+    run_id: str,
     round_: int | None,
     *,
     best: bool,
@@ -290,7 +291,7 @@ def _export_journal(
     beside = adapter_beside(out)
     # Asked before the journal is fetched, so that its commits are there.
     known_head = None if journal else signed_head_from(link())
-    with opened_journal(journal, link) as source:
+    with opened_journal(journal, link, run_id) as source:
         if best:
             round_ = plan_of(source, None, best=True).round
         written = write_journal_file(

@@ -41,6 +41,13 @@ def chosen_format(format_: OutputFormat, as_json: bool) -> OutputFormat:
     return OutputFormat.JSON if as_json else format_
 
 
+def finite(given: float | None) -> float | None:
+    """A number of the command line; raises `typer.BadParameter` for NaN and infinities."""
+    if given is not None and not math.isfinite(given):
+        raise typer.BadParameter(f"{given} is not allowed: use a number that is finite.")
+    return given
+
+
 def say(format_: OutputFormat, text: str, values: dict[str, Any]) -> None:
     """Print what a command did, as text or as a line of JSON."""
     print(json_line(values) if format_ is OutputFormat.JSON else text, flush=True)

@@ -92,7 +92,8 @@ class Pace:
 def agreement(status: wire.GetStatusResponse) -> tuple[bool, str]:
     """Whether all parties held the same weights in the newest round with digests; and a text."""
     if not status.digests:
-        return True, "no digests yet"
+        since = f" since start {status.epoch} of the run" if status.epoch > 1 else ""
+        return True, f"no digests yet{since}"
     newest = max(digest.round for digest in status.digests)
     same = [digest for digest in status.digests if digest.round == newest]
     kinds = {digest.weights_digest for digest in same}
@@ -121,7 +122,7 @@ def run_line(status: wire.GetStatusResponse, seconds_left: float | None = None) 
         parts.append(f"best at {_evaluation(best)}")
     up = sum(worker.bytes_up for worker in status.workers)
     down = sum(worker.bytes_down for worker in status.workers)
-    since = f" since start {status.epoch} of the coordinator" if status.epoch > 1 else ""
+    since = f" since start {status.epoch} of the run" if status.epoch > 1 else ""
     parts.append(f"up {size_text(up)}, down {size_text(down)}{since}")
     if status.phase == wire.PHASE_PAUSED:
         parts.append(f"PAUSED: {status.reason}")
@@ -177,7 +178,7 @@ def run_view(
         since = duration_text(status.uptime_ms / 1000)
         parts.append(
             Text(
-                f"rounds, up and down count since start {status.epoch} of the coordinator, "
+                f"rounds, up and down count since start {status.epoch} of the run here, "
                 f"{since} ago",
                 style="dim",
             )

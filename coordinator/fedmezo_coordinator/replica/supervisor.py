@@ -15,7 +15,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from typing import Any
 
-from fedmezo.presets import unmeasured_rate, with_measured
+from fedmezo.presets import measured_sentence, unmeasured_rate, with_measured
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.serving.status_report import ReplicaView
 from fedmezo_core.config import RunConfig
@@ -104,11 +104,8 @@ async def describe_base(
         log.warning("%s", warning)
     found = answer["measured"]
     if found["values"]:
-        config = with_measured(config, found["values"], settings.run)
-        log.info(
-            "measured on %s: the run takes learning_rate = %g and eps = %g",
-            *(found["rows"], config.learning_rate, config.eps),
-        )
+        before, config = config, with_measured(config, found["values"], settings.run)
+        log.info("measured on %s: %s", found["rows"], measured_sentence(before, config))
     elif found["why_not"]:
         log.warning("%s", unmeasured_rate(config, found["why_not"]))
     if config.lora is not None:

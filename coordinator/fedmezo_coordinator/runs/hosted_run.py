@@ -14,6 +14,7 @@ from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.status_report import HIDDEN_REASON
 from fedmezo_core.errors import FedMezoError, StartingError, UnavailableError
 from fedmezo_core.machines.roster import Phase
+from fedmezo_core.program import LongStep
 from fedmezo_core.service.log_lines import log_with
 from fedmezo_core.trust.authorisation import Caller, sees_everyone
 from fedmezo_proto.v1 import runs_pb2 as wire
@@ -58,8 +59,8 @@ class HostedRun:
     """What serves it; None while it is being created or loaded, and after it has failed."""
     files: Mapping[str, OfferedFile] = field(default_factory=dict)
     """What its workers may read, by name."""
-    waits_for: str = "it is being loaded"
-    """What its creation or start waits for, in words."""
+    waits_for: str | LongStep = "it is being loaded"
+    """What its creation or start waits for, in words or as a step."""
     is_new: bool = False
     """Whether nothing is in its journal yet."""
     failure: str = ""
@@ -88,7 +89,11 @@ class HostedRun:
     @property
     def reason(self) -> str:
         """Why it is not running, or what is done meanwhile; empty if it is running."""
-        return self.failure or (self.waits_for if self.loop is None else self.loop.reason)
+        return self.failure or (self._waits_for if self.loop is None else self.loop.reason)
+
+    @property
+    def _waits_for(self) -> str:
+        return self.waits_for if isinstance(self.waits_for, str) else self.waits_for.what
 
     def shows_workers_to(self, caller: Caller) -> bool:
         """Whether `caller` may read what is told of single workers, their losses included."""
@@ -106,7 +111,7 @@ class HostedRun:
         if self.failure:
             error = self._failed_error()
         else:
-            error = StartingError(f"Run {self.run_id} is not served yet: {self.waits_for}.")
+            error = StartingError(f"Run {self.run_id} is not served yet: {self._waits_for}.")
             error.retry_after_s = STARTING_RETRY_S
         raise error
 
@@ -124,6 +129,14 @@ class HostedRun:
         while len(self.declined) >= DECLINES_MAX:
             del self.declined[next(iter(self.declined))]
         self.declined[worker] = reason
+
+    def wait_for(self, step: LongStep) -> None:
+        """Say from now on that this step is what the run waits for."""
+        self.waits_for = step
+
+    def joined(self, worker: str) -> None:
+        """Forget why a worker did not take part, because it does now."""
+        self.declined.pop(worker, None)
 
     @property
     def declines(self) -> dict[str, str]:

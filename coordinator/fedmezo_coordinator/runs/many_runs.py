@@ -168,7 +168,7 @@ class ManyRuns(Runs):
             settings = await asyncio.to_thread(self._settings, run.run_id)
             daemon = await self._loaded(run, settings)
             run.loop, run.is_new = daemon, False
-            daemon.on_phase, daemon.lag = self.changed, self.lag
+            daemon.on_phase, daemon.on_join, daemon.lag = self.changed, run.joined, self.lag
             self.changed()
             log.info("served from round %d on", daemon.round)
             await run.serve(self._replica_when_needed(settings, daemon))
@@ -189,8 +189,7 @@ class ManyRuns(Runs):
                 run.is_new = True
                 run.waits_for = "its model waits until another run's is loaded"
                 async with self._describing:  # One model at a time, for its memory.
-                    run.waits_for = f"its model {settings.model} is being loaded and digested"
-                    companions = await begun(settings, journal)
+                    companions = await begun(settings, journal, run.wait_for)
                 run.waits_for = "its journal is being read"
             else:
                 companions = await begun(settings, journal)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fedmezo.presets import unmeasured_rate
@@ -29,14 +29,21 @@ from fedmezo_coordinator.telemetry.round_spans import follow_rounds
 from fedmezo_core.config import RunConfig
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
-from fedmezo_core.program import long_step
+from fedmezo_core.program import LongStep, long_step
 from fedmezo_core.zo.model.adapter_layout import ADAPTER_FILES
 
 log = logging.getLogger("fedmezo.coordinator")
 
 
-async def begun(settings: CoordinatorSettings, journal: Journal) -> Companions:
-    """Begin the run if the journal is new; returns what lies beside the journal."""
+async def begun(
+    settings: CoordinatorSettings,
+    journal: Journal,
+    wait_for: Callable[[LongStep], None] = lambda _: None,
+) -> Companions:
+    """Begin the run if the journal is new; returns what lies beside the journal.
+
+    `wait_for` is told of the step that takes long, if there is one.
+    """
     companions = Companions(settings.journal, settings.signing_key)
     companions.check(journal)
     if not journal.is_empty:
@@ -52,6 +59,7 @@ async def begun(settings: CoordinatorSettings, journal: Journal) -> Companions:
     if "learning_rate" not in settings.contract and not settings.rate_rows:
         log.warning("%s", unmeasured_rate(config, "there are no rows for that; set probe_rows"))
     with long_step(f"loading {config.model} to digest its base") as step:
+        wait_for(step)
         genesis = await describe_base(settings, config, step)
     journal.append(encode_records([genesis]))
     return companions

@@ -57,7 +57,7 @@ class Runs(RunService):
         runs._alongside = alongside
         runs._runs[run.run_id] = run
         runs.lag = loop.lag
-        loop.on_phase = runs.changed
+        loop.on_phase, loop.on_join = runs.changed, run.joined
         return runs
 
     # ------------------------------------------------------------ finding runs
@@ -67,7 +67,7 @@ class Runs(RunService):
         return list(self._runs.values())
 
     def find(self, run_id: str) -> HostedRun:
-        """The run of that name; an empty one means the only run that is not over.
+        """The run of that name; an empty one means the only run that is not over, or the only run.
 
         Raises `WrongRunError` if there is none.
         """
@@ -79,8 +79,10 @@ class Runs(RunService):
             check_run_id(run_id, run.run_id)
             return run
         going_on = [run for run in self._runs.values() if not run.is_over]
-        if not run_id and len(going_on) == 1:
-            return going_on[0]
+        if not run_id:
+            for candidates in (going_on, self.hosted()):
+                if len(candidates) == 1:
+                    return candidates[0]
         raise WrongRunError(self._no_such_run(run_id, [run.run_id for run in going_on]))
 
     def _no_such_run(self, run_id: str, names: Sequence[str]) -> str:
@@ -90,8 +92,8 @@ class Runs(RunService):
         else:
             more = len(names) - NAMES_SHOWN_MAX
             shown = ", ".join(names[:NAMES_SHOWN_MAX]) + (f" and {more} more" if more > 0 else "")
-            going_on = f"going on {'is' if len(names) == 1 else 'are'} {shown}"
-        return f"{asked}: {going_on}; give the name of one that `fedmezo run list` shows."
+            going_on = f"{shown} {'is' if len(names) == 1 else 'are'} going on"
+        return f"{asked}: {going_on}; `fedmezo run list` shows the names, which --run-id takes."
 
     def loop(self, run_id: str) -> ServingLoop[Any]:
         """The loop that serves a run; raises the error for callers if there is none."""
@@ -174,6 +176,7 @@ class Runs(RunService):
 
         def order(machine: RoundMachine) -> Ready:
             if machine.phase in (Phase.WAITING, Phase.OPEN):
+                machine.check_rate_factor(rate_factor)
                 return Ready()
             if machine.phase is Phase.FINISHED:
                 raise ConfigError(f"Run {run.run_id} is finished, so there is nothing to resume.")

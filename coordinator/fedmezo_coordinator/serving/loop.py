@@ -215,6 +215,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """Set once the first worker has joined."""
         self.on_phase: Callable[[], None] = lambda: None
         """Called whenever `phase` has changed."""
+        self.on_join: Callable[[str], None] = lambda _: None
+        """Called with the name of each worker that joins."""
         self._signatures = SignatureChecker(self._items.look_again)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._pages = JournalPages(self._index, self._way_past_dropped)
@@ -560,6 +562,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
             self._put(session, message)
         item.done.set_result(None)
         self.joined.set()
+        self.on_join(worker)
         await self._flush([self._machine.step(WorkerReady(worker))])
 
     def _replace(self, session: WorkerSession) -> None:

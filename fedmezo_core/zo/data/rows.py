@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmezo_core.config import RunConfig, TaskConfig
-from fedmezo_core.errors import DataError
+from fedmezo_core.errors import ConfigError, DataError
 from fedmezo_core.program import long_step
 
 log = logging.getLogger("fedmezo.data")
@@ -28,6 +28,8 @@ _CSV_FIELD_CHARACTERS_MAX = 1 << 28
 """Longest field of a CSV file: 256 Mi characters."""
 _NAMES_SHOWN_MAX = 5
 """Files that are passed over and named in the log."""
+_ROWS_NAMED_MAX = 5
+"""Rows that are wrong and named after the first."""
 _BYTE_ORDER_MARK = "\ufeff"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BARE_KEY = re.compile("[A-Za-z0-9_-]+")
@@ -138,7 +140,11 @@ def read_rows(
     keep_others: bool = False,
     names: Mapping[str, str] | None = None,
 ) -> list[Example]:
-    """Read the columns that `task` needs, as `read_examples` does, by the rules of its run."""
+    """Read the columns that `task` needs, as `read_examples` does, by the rules of its run.
+
+    Raises `ConfigError` if `names` put the answer into the prompt.
+    """
+    _check_names(task, names or {})
     return read_examples(
         path,
         task.data_columns,
@@ -146,6 +152,18 @@ def read_rows(
         plain_numbers=task.columns_are_plain,
         names=names,
     )
+
+
+def _check_names(task: TaskConfig, names: Mapping[str, str]) -> None:
+    """Refuse names with which a prompt would give its answer away, as a contract is refused."""
+    answer = names.get(task.answer_column, task.answer_column)
+    for column in task.columns():
+        if column != task.answer_column and names.get(column) == answer and not task.objective:
+            raise ConfigError(
+                f"columns takes the run's {shown_columns([column])} from "
+                f"{shown_columns([answer])}, the column with the answer, so every prompt would "
+                "give its answer away; name another column."
+            )
 
 
 def read_fit_rows(path: str | Path, config: RunConfig) -> list[Example]:
@@ -204,8 +222,9 @@ def rows_of(
 ) -> list[Example]:
     """Rows that a program holds, such as a list of dicts or a `datasets.Dataset`, as `read_rows`.
 
-    `source` is their name in messages. Raises `DataError` as `read_examples` does.
+    `source` is their name in messages. Raises as `read_rows` does.
     """
+    _check_names(task, names or {})
     numbered: list[tuple[int, dict[str, Any]]] = []
     for number, record in enumerate(records, start=1):
         if not isinstance(record, Mapping):
@@ -302,7 +321,27 @@ def _examples_of(
                 others[column] = text
         return needed | others
 
-    return [Example(values(number, record), str(file), number) for number, record in records]
+    examples: list[Example] = []
+    wrong: list[tuple[int, DataError]] = []
+    for number, record in records:
+        try:
+            examples.append(Example(values(number, record), str(file), number))
+        except DataError as error:
+            wrong.append((number, error))
+    if wrong:
+        [(_, first), *others] = wrong
+        raise DataError(f"{first}{_other_rows([number for number, _ in others])}")
+    return examples
+
+
+def _other_rows(numbers: Sequence[int]) -> str:
+    """The sentence that names rows which are wrong, too; empty if there are none."""
+    if not numbers:
+        return ""
+    shown = ", ".join(map(str, numbers[:_ROWS_NAMED_MAX]))
+    if (more := len(numbers) - _ROWS_NAMED_MAX) > 0:
+        shown += f" and {more} more"
+    return f" Wrong, too: row{'s' if len(numbers) > 1 else ''} {shown}."
 
 
 def _text(file: Path | str, number: int, record: dict[str, Any], column: str) -> str:

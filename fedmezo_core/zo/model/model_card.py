@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 from huggingface_hub import metadata_load
 
-from fedmezo_core.config import RunConfig
+from fedmezo_core.config import RunConfig, TaskConfig
 from fedmezo_core.zo.model.run_file import RUN_FILE, ExportedEvaluation, RunFile
 
 ExportKind = Literal["model", "adapter", "gguf"]
@@ -86,7 +86,7 @@ class ModelCard:
             "The run's journal does not know how much of their privacy a worker's rows have given",
             "away. The account is that worker's own, if its operator set a budget.", "",
         )  # fmt: skip
-        yield from ("## How to use it", "", *_usage(what, self.base))
+        yield from ("## How to use it", "", *_usage(what, self.base, run.contract.task))
         if what != "gguf":
             base = "" if what == "model" else " --model BASE"
             yield from (
@@ -115,7 +115,7 @@ def licence_of(folder: Path) -> str | None:
     return licence if isinstance(licence, str) and _LICENCE.fullmatch(licence) else None
 
 
-def _usage(what: ExportKind, base: str) -> Iterator[str]:
+def _usage(what: ExportKind, base: str, task: TaskConfig) -> Iterator[str]:
     name = json.dumps(base, ensure_ascii=False)
     yield "```sh" if what == "gguf" else "```python"
     match what:
@@ -126,14 +126,42 @@ def _usage(what: ExportKind, base: str) -> Iterator[str]:
             yield 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
         case "adapter":
             yield "from peft import PeftModel"
-            yield "from transformers import AutoModelForCausalLM"
+            yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
             yield ""
             yield f"base = AutoModelForCausalLM.from_pretrained({name})"
             yield 'model = PeftModel.from_pretrained(base, "FOLDER")'
+            yield f"tokenizer = AutoTokenizer.from_pretrained({name})"
         case "gguf":
             yield f"llama-cli -m BASE.gguf --lora FOLDER/{GGUF_ADAPTER_FILE}"
+    if what != "gguf" and task.kind == "classification" and not task.objective:
+        yield from _classifying(task)
     yield "```"
     yield ""
+
+
+def _classifying(task: TaskConfig) -> Iterator[str]:
+    """Lines of Python that name the class of a row, as the run did.
+
+    They compare the first tokens in which the words of the classes differ.
+    """
+    columns = task.columns()
+    if not all(re.fullmatch(r"[\w -]+", column) for column in columns):
+        return  # `format` would take more than a name from these.
+    row = dict.fromkeys(columns, "A gripping film.")
+    yield from (
+        "",
+        "import torch",
+        "",
+        f"words = {task.verbalizers!r}",
+        f"# The run cut rows to {task.tokens_max} tokens.",
+        f"prompt = {task.template!r}.format(**{row!r})",
+        "rows = [tokenizer(prompt + word).input_ids for word in words.values()]",
+        "place = next(k for k, tokens in enumerate(zip(*rows)) if len(set(tokens)) > 1)",
+        "with torch.no_grad():",
+        "    logits = model(torch.tensor([rows[0][:place]])).logits[0, -1]",
+        "label = max(zip(words, rows), key=lambda one: logits[one[1][place]])[0]",
+        "print(label)",
+    )
 
 
 def _settings(contract: RunConfig) -> dict[str, str]:

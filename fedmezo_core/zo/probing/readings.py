@@ -124,8 +124,9 @@ def _probe_of(
     config = party.config
     if len(rows) < 2 * config.batch_size:
         raise DataError(
-            f"{len(rows)} rows are fewer than two batches of {config.batch_size}; give more, "
-            "because what batches have in common is what a run can learn."
+            f"The {len(rows)} rows of {rows[0].file} are fewer than two batches of "
+            f"{config.batch_size}; give more, because what batches have in common is what a run "
+            "can learn."
         )
     batches = open_batches(party, party.task.encode(rows), "probe")
 

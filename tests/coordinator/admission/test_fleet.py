@@ -480,11 +480,11 @@ async def test_ones_own_identity_is_shown_to_its_own_coordinator_alone(
 async def test_a_certificate_that_expires_on_an_open_connection_counts_no_more(
     tmp_path: Path,
 ) -> None:
-    async with served_fleet(tmp_path, GENESIS, certificate_life_s=2) as at:
+    async with served_fleet(tmp_path, GENESIS, certificate_life_s=5) as at:
         identity = await at.member("w1")
         async with at.client(identity) as client:
             await client.get_run()
-            await asyncio.sleep(2.5)
+            await asyncio.sleep(5.5)
             with pytest.raises(IdentityError, match="expired while its connection was open"):
                 await client.get_run()
 

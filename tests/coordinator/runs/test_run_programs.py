@@ -181,7 +181,7 @@ async def test_the_orders_from_a_command_line(programs: Programs, tmp_path: Path
         for _ in range(2):
             assert "two is over" in await ask("stop", "two")
         for command, said in (
-            (("status", "three"), "There is no run 'three' here: going on is one"),
+            (("status", "three"), "There is no run 'three' here: one is going on"),
             (("delete", "one"), "one is not over"),
             (("pause", "two"), "nothing to pause"),
         ):

@@ -214,6 +214,8 @@ async def test_declines_are_kept_in_bounds_until_the_worker_joins(
         async with at.worker("one", "w2") as hand:
             await hand.open()
             assert [d.worker for d in (await at.summary("one")).declined] == ["w3"]
+        # Nor is it said again once the worker is away.
+        assert [d.worker for d in (await at.summary("one")).declined] == ["w3"]
         for reason in ("", "x" * 513):
             with pytest.raises(ProtocolError, match="says in 1 to 512 bytes"):
                 await client.decline_run("w1", "one", reason)

@@ -337,6 +337,14 @@ class _Reads:
 
         monkeypatch.setattr(journal, "read_beside", counted)
 
+    async def first(self) -> None:
+        """Wait until a page is read."""
+
+        async def one_was_read() -> bool:
+            return self.count >= 1
+
+        await until(one_was_read, "the first page to be read")
+
 
 @contextmanager
 def unread_calls(address: str, count: int) -> Iterator[socket.socket]:
@@ -374,11 +382,8 @@ async def test_a_connection_that_does_not_read_keeps_one_page_and_only_its_own_p
     async with with_large_pages(tmp_path) as (at, _), CoordinatorClient(at.address) as client:
         reads = _Reads(at.daemon, monkeypatch)
         with unread_calls(at.address, 16):
-
-            async def one_was_read() -> bool:
-                return reads.count == 1
-
-            await until(one_was_read, "the first page to be read")
+            await reads.first()
+            assert reads.count == 1
             for number in range(2, 5):
                 assert (await client.read_journal()).entries
                 assert reads.count == number
@@ -394,9 +399,9 @@ async def test_an_unread_page_is_dropped_at_the_calls_deadline(
         with_large_pages(tmp_path) as (at, _),
         grpc.aio.insecure_channel(at.address) as channel,
     ):
-        stub = rpc.CoordinatorServiceStub(channel)
+        stub, reads = rpc.CoordinatorServiceStub(channel), _Reads(at.daemon, monkeypatch)
         with unread_calls(at.address, 1) as connection:
-            await asyncio.sleep(0.2)
+            await reads.first()
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.ReadJournal(wire.ReadJournalRequest(), timeout=0.5)
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -417,8 +422,9 @@ async def test_a_status_of_many_workers_needs_a_place(
     async with with_large_pages(tmp_path) as (at, _), CoordinatorClient(at.address) as client:
         known = len((await client.get_status()).workers)
         monkeypatch.setattr(serving, "STATUS_WORKERS", known - workers)
+        reads = _Reads(at.daemon, monkeypatch)
         with unread_calls(at.address, 1):
-            await asyncio.sleep(0.2)
+            await reads.first()
             if needs_a_place:
                 with pytest.raises(NotReadyError, match="under way"):
                     await client.get_status()

@@ -73,6 +73,20 @@ def test_only_a_paused_run_is_resumed() -> None:
         run.machine.resume(0.0)
 
 
+def test_no_resumptions_together_ruin_the_rates() -> None:
+    run = _diverging()
+    run.answer("a", loss=8.0)
+    for factor in (1e300, 2e9, 1e-10):
+        with pytest.raises(ConfigError, match=r"rates would be \S+ times the contract"):
+            run.machine.resume(factor)
+    run.keep(run.machine.resume(1e8))
+    run.keep(run.machine.pause("again"))
+    with pytest.raises(ConfigError, match=r"would be 1e\+16 times the contract's; give a factor"):
+        run.machine.resume(1e8)
+    run.keep(run.machine.resume(1e-8))
+    assert run.machine.state.rate_factor == pytest.approx(1.0)
+
+
 def test_zero_rounds_never_pause() -> None:
     run = RoundsDriver(**OPTIONS | {"pause_rounds": 0})
     run.ready("a")

@@ -75,6 +75,12 @@ async def test_three_commands_to_a_run_over_mutual_tls(
     )
     await said_by(programs.start(PROGRAM, "join", observer))
     eve = ("--state", home / "fedmezo" / "identity")
+    # A worker's string takes the place of no identity, and the observer's is not used up twice.
+    gpu_3 = await said_by(programs.start(PROGRAM, "token", "create", "--name", "gpu-3"))
+    told = await said_by(programs.start(PROGRAM, "join", gpu_3))
+    assert "worker gpu-3 of the fleet of" in told
+    assert f"Start the worker with --state {home}/fedmezo/members/" in told
+    assert "observer eve" in await said_by(programs.start(PROGRAM, "join", observer))
     verify = programs.start(PROGRAM, "journal", "verify", "--signatures", *eve)
     verified = await said_by(verify)
     assert "sound" in verified

@@ -86,6 +86,12 @@ def test_a_flag_comes_before_the_tables(tmp_path: Path) -> None:
         ("[data.a]\npath = 'x'\nprivacy_clip = 1\n", "privacy_clip needs privacy_epsilon"),
         ("[data.a]\npath = 'x'\nevaluations = 'x'\n", "evaluations needs heldout"),
         (
+            "[data.a]\npath = 'x'\nheldout = 'h'\nevaluations = './x'\n",
+            "evaluations = 'x' would be written among the rows of path; name another file",
+        ),
+        ("[data.a]\npath = ''\n", "data.a.path = '' is not allowed: it is empty: write a path"),
+        ("[data]\n", "data is not allowed: it is empty: name a file or folder of rows"),
+        (
             "heldout = 'x'\n[data.a]\npath = 'x'\n",
             r"heldout belongs to one data set; write it into that one's \[data.NAME\]",
         ),
@@ -146,10 +152,16 @@ def test_columns_of_other_names_are_read_under_those_of_the_run(
     assert given.values == row.values
 
 
-def test_one_column_can_be_two_of_the_runs(tmp_path: Path) -> None:
-    (path := tmp_path / "rows.parquet.csv").write_text("body\npositive\n")
-    [row] = read_rows(path, TASK_CONFIG, names={"text": "body", "label": "body"})
-    assert row.values == {"text": "positive", "label": "positive"}
+def test_one_column_can_be_two_of_the_runs_but_no_prompt_its_answer(tmp_path: Path) -> None:
+    (path := tmp_path / "rows.parquet.csv").write_text("body,label\nGood.,positive\n")
+    two = TASK_CONFIG.model_copy(update={"template": "{title}: {text}"})
+    [row] = read_rows(path, two, names={"text": "body", "title": "body"})
+    assert row.values == {"text": "Good.", "title": "Good.", "label": "positive"}
+    for names in ({"text": "label"}, {"text": "body", "label": "body"}):
+        with pytest.raises(ConfigError, match=r"run's text from .*, the column with the answer"):
+            read_rows(path, TASK_CONFIG, names=names)
+        with pytest.raises(ConfigError, match="give its answer away; name another column"):
+            rows_of([{"body": "Good.", "label": "positive"}], TASK_CONFIG, names=names)
 
 
 def test_a_column_that_is_not_there_is_named_as_in_the_data(tmp_path: Path) -> None:

@@ -270,7 +270,8 @@ class OfferedRuns:
         again_at_s = math.inf if is_final else time.monotonic() + TRY_AGAIN_AFTER_S
         self._settled[run_id] = _Settled(_identity_of(offer), again_at_s, reason)
         if before is None or before.reason != reason:
-            log.warning("does not take part in run %s: %s", run_id, error)
+            again = "when it is started again" if is_final else "in an hour, or when started again"
+            log.warning("does not take part in run %s: %s (looks again %s)", run_id, error, again)
             self._untold[run_id] = reason
 
     async def _tell(self) -> None:

@@ -196,8 +196,8 @@ def _identity_of(settings: WorkerSettings, report: Report) -> Identity | None:
         report.warning(
             "identity",
             f"{join.enrol_address} is the coordinator of this join string, and its certificate is "
-            "valid now; this machine is no member yet, so the run is not known: join first with "
-            "fedmezo join, or start the worker, and then run preflight again.",
+            "valid now; this machine is no member yet, so the run is not known: start the worker, "
+            "which joins and keeps its identity, and then run preflight again.",
         )
     return None
 

@@ -55,7 +55,7 @@ from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.service.host_memory import memory_available
 from fedmezo_core.trust.certificates import lifetime_s
-from fedmezo_core.zo.data.rows import read_fit_rows, read_rows
+from fedmezo_core.zo.data.rows import Example, read_fit_rows, read_rows
 
 SNAPSHOTS_ON_DISK = 3
 """Snapshots that lie in their folder at the same time: two whole ones, and one that is written."""
@@ -267,6 +267,7 @@ def _check_contract(
 def _check_rows(settings: CoordinatorSettings, config: RunConfig, report: Report) -> bool:
     """The rows that the coordinator reads; returns whether they can be read."""
     failures = report.failures
+    heldout: list[Example] = []
     for whose in ("heldout", "probe_rows", "adapter_rows"):
         path = getattr(settings, whose)
         if path is None:
@@ -278,7 +279,10 @@ def _check_rows(settings: CoordinatorSettings, config: RunConfig, report: Report
             else:
                 rows = read_rows(path, config.task)
                 check_labels(report, whose, rows, config)
-            check_repeated(report, whose, rows, config.task)
+            judged = heldout if whose == "adapter_rows" else ()
+            check_repeated(report, whose, rows, config.task, judged, "fitted to")
+            if whose == "heldout":
+                heldout = rows
     if settings.heldout is None and settings.has_replica:
         report.warning(
             "rows",

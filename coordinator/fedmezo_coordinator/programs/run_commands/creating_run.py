@@ -131,7 +131,9 @@ async def taken_up(client: CoordinatorClient, run_id: str, within_s: float) -> w
             if run.workers or run.round or run.phase != wire.RUN_PHASE_RUNNING:
                 return run
             if time.monotonic() >= end_s:
-                declines = "; ".join(f"{worker}: {reason}" for worker, reason in told.items())
+                declines = "; ".join(
+                    f"{worker}: {reason.rstrip('.')}" for worker, reason in told.items()
+                )
                 raise NotReadyError(
                     f"No worker takes part in run {run_id} after {within_s:g} s: "
                     f"{declines or 'none has come'}."

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fedmezo_coordinator.programs.connecting import (
     Coordinator,
+    EveryS,
     State,
     Tls,
     TlsCa,
@@ -22,6 +23,7 @@ from fedmezo_coordinator.programs.connecting import (
 )
 from fedmezo_coordinator.programs.plain_values import (
     Format,
+    finite,
     json_line,
     message_values,
     say,
@@ -64,7 +66,10 @@ def create(
     wait_s: Annotated[
         float,
         typer.Option(
-            "--wait", min=0, help="seconds to wait for a worker that takes part; 0: do not wait"
+            "--wait",
+            min=0,
+            callback=finite,
+            help="seconds to wait for a worker that takes part; 0: do not wait",
         ),
     ] = 0.0,
     coordinator: Coordinator = None,
@@ -161,7 +166,7 @@ def watch(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
-    every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two updates")] = 1.0,
+    every_s: EveryS = 1.0,
     format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Show a run until it is finished and evaluated; Ctrl-C stops the display, not the run."""
@@ -191,7 +196,8 @@ def pause(
 def resume(
     run: Run,
     rate_factor: Annotated[
-        float | None, typer.Option(help="factor on the learning rates; default: 1")
+        float | None,
+        typer.Option(callback=finite, help="factor on the learning rates; default: 1"),
     ] = None,
     coordinator: Coordinator = None,
     tls_ca: TlsCa = None,

@@ -105,6 +105,12 @@ def test_what_is_read(name: str, content: Any, rows: list[str], tmp_path: Path) 
     [
         ("a.csv", "text,label\na,b\n,\nc,\n", r"Row 3 of .*a\.csv has an empty label"),
         ("a.csv", "text,label\na,b\n  ,b\n", r"Row 2 of .*a\.csv has an empty text"),
+        ("a.csv", "text,label\n,b\na,b\na,\n", r"Row 1 .* remove the row\. Wrong, too: row 3\."),
+        (
+            "a.csv",
+            "text,label\n" + 9 * ",b\n",
+            r"Row 1 .* Wrong, too: rows 2, 3, 4, 5, 6 and 3 more\.",
+        ),
         ("a.csv", "text,label\n,\n", "has no rows"),
         ("a.csv", "text,label,,\na,b,c,\n", "Row 1 of .* has 4 fields, but the header has 2"),
         ("a.jsonl", '{"text": " ", "label": 1}', r"Row 1 of .*a\.jsonl has an empty text"),
