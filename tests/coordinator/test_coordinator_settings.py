@@ -92,7 +92,8 @@ def test_the_home_folder_is_meant_in_every_path(
     # a member is told by its fleet what to trust. Each of many runs has settings of its own, an
     # adapter is given or fitted, models have paths in a table, and evaluations are no rows.
     special = (
-        "serve", "base_form", "state", "tls_cert_ca", "runs", "adapter_rows", "models", "evaluations"
+        "serve", "base_form", "state", "tls_cert_ca", "runs", "adapter_rows", "models",
+        "evaluations",
     )  # fmt: skip
     groups = [[name for name in paths if name not in special]]
     groups += [["data", "model", "serve"], ["base_form", "data"]] if "serve" in paths else []
