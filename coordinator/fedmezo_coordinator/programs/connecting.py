@@ -97,7 +97,9 @@ State = Annotated[
 
 RunId = Annotated[
     str,
-    typer.Option("--run-id", help="run to ask about; default: the only one that is not over"),
+    typer.Option(
+        "--run-id", help="run to ask about; default: the only one that is not over, or the only one"
+    ),
 ]
 EveryS = Annotated[
     float, typer.Option(min=0.1, callback=finite, help="seconds between two updates")

@@ -230,6 +230,7 @@ def _joined(join_string: str, name: str, state: Path | None) -> Identity:
     if folder is None:
         kept = load_identity(found_by_commands)
         if kept is not None and kept.token_id == parse_join_string(join_string).token_id.hex():
+            kept.check_time()
             return kept
     identity = asyncio.run(
         become_member(join_string, folder, name, MEMBER_ROLES, give_up_after_s=0)

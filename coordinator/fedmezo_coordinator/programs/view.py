@@ -178,8 +178,7 @@ def run_view(
         since = duration_text(status.uptime_ms / 1000)
         parts.append(
             Text(
-                f"rounds, up and down count since start {status.epoch} of the run here, "
-                f"{since} ago",
+                f"rounds, up and down count since start {status.epoch} of the run, {since} ago",
                 style="dim",
             )
         )

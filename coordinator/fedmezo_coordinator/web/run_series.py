@@ -159,7 +159,7 @@ class RunSeries:
             case "readmitted":
                 self._note(kind, record.readmitted.worker)
             case "started":
-                self._note(kind, f"start {record.started.epoch} of the run here")
+                self._note(kind, f"start {record.started.epoch} of the run")
             case "diverged":
                 found = record.diverged
                 self._note(kind, f"{found.party}: other weights after round {found.round}")

@@ -439,7 +439,20 @@ def _integer(digits: str) -> int | decimal.Decimal:
         return decimal.Decimal(digits)
 
 
-_DECODER = json.JSONDecoder(parse_int=_integer)
+class _TwiceError(ValueError):
+    """An object has a key twice; the argument is the key."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # json takes the last of equal keys, without a word.
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        [(key, _), *_] = Counter(key for key, _ in pairs).most_common(1)
+        raise _TwiceError(key)
+    return made
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_object)
 
 
 def _read_jsonl(
@@ -454,6 +467,10 @@ def _read_jsonl(
             except (json.JSONDecodeError, RecursionError) as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
                 raise DataError(f"Line {number} of {file} is not JSON ({reason}).") from error
+            except _TwiceError as error:
+                raise DataError(
+                    f"Line {number} of {file} has the key {shown(error.args[0])} twice; remove one."
+                ) from None
             if not isinstance(record, dict):
                 raise DataError(
                     f"Line {number} of {file} is not a JSON object; write each row as one line "

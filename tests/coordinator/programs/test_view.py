@@ -177,7 +177,7 @@ def test_a_divergence_that_was_mended_is_no_alarm() -> None:
 def test_counters_say_since_when_they_count() -> None:
     worker = wire.WorkerStatus(worker="w1", bytes_up=1500)
     answer = status(workers=[worker], epoch=3, uptime_ms=75_000)
-    assert "count since start 3 of the run here, 1:15 ago" in text_of(answer)
+    assert "count since start 3 of the run, 1:15 ago" in text_of(answer)
     assert "down 0 B since start 3 of the run" in run_line(answer)
     assert "start" not in run_line(status(workers=[worker], epoch=1, uptime_ms=75_000))
 

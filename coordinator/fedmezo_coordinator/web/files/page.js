@@ -186,7 +186,7 @@ function showRun(head) {
   write("run-name", head.run_id);
   write("phase", head.phase);
   get("phase").className = `badge ${head.phase}`;
-  write("about", [head.model, head.epoch > 1 ? `start ${head.epoch} of the run here` : "",
+  write("about", [head.model, head.epoch > 1 ? `start ${head.epoch} of the run` : "",
     head.phase === "creating" ? head.reason : "",
     head.waiting_for ? `waiting for workers: ${count(head.connected)} of ${count(head.waiting_for)} are there` : "",
     head.caught_up || !head.model ? "" : "reading the journal"].filter(Boolean).join(" - "));

@@ -114,6 +114,7 @@ def test_what_is_read(name: str, content: Any, rows: list[str], tmp_path: Path) 
         ("a.csv", "text,label\n,\n", "has no rows"),
         ("a.csv", "text,label,,\na,b,c,\n", "Row 1 of .* has 4 fields, but the header has 2"),
         ("a.jsonl", '{"text": " ", "label": 1}', r"Row 1 of .*a\.jsonl has an empty text"),
+        ("a.jsonl", '{"text": "a", "label": 1, "text": "b"}', "Line 1 of .* key 'text' twice; rem"),
         ("a.jsonl", '{"text": "\\ufeff", "label": 1}', "Row 1 of .* has an empty text"),
         ("a.jsonl", '{"text": "a", "label": NaN}', "Row 1 of .* has no label"),
         ("a.jsonl", '{"text": Infinity, "label": 1}', "Row 1 of .*: text is infinite or too large"),
