@@ -100,8 +100,8 @@ from fedmezo_core.trust.secure_aggregation.fixed_point import mean_of_sums
 from fedmezo_core.trust.secure_aggregation.masking import SumContext, run_digest_of
 from fedmezo_core.trust.secure_aggregation.sum_collector import SumCollector
 
-RATE_FACTOR_MAX = 1e9
-"""Most that all resumptions of a run together multiply its learning rates by."""
+RATE_FACTOR_MIN, RATE_FACTOR_MAX = 1e-200, 1e9
+"""Least and most that all resumptions of a run together multiply its learning rates by."""
 FRUITLESS_DEADLINES_MAX = 2
 """Deadlines in a row at which no worker could measure, before the run pauses."""
 FAILED_ATTEMPTS_MAX = 8
@@ -283,11 +283,11 @@ class RoundMachine:
                 "give a number above 0."
             )
         together = self.state.rate_factor * rate_factor
-        if not 1 / RATE_FACTOR_MAX <= together <= RATE_FACTOR_MAX:
+        if not RATE_FACTOR_MIN <= together <= RATE_FACTOR_MAX:
             raise ConfigError(
                 f"With {rate_factor:g} the learning rates would be {together:g} times the "
-                f"contract's; give a factor with which they stay below {RATE_FACTOR_MAX:g} times "
-                "and above its inverse."
+                f"contract's; give a factor with which they stay between {RATE_FACTOR_MIN:g} and "
+                f"{RATE_FACTOR_MAX:g} times."
             )
 
     def pause(self, reason: str) -> Ready:

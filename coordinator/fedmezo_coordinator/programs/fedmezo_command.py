@@ -221,19 +221,19 @@ def inspect(
     format_ = chosen_format(format_, as_json)
     link = partial(link_to, coordinator, tls_ca, tls, state, run_id)
     with opened_journal(journal, link, run_id) as source:
-        if from_seqno and from_seqno >= len(source):
-            raise ConfigError(
-                f"--from-seqno {from_seqno} is beyond the journal's last record, {len(source) - 1}."
-            )
+        last = 0
         origin = source.origin()
         if origin is not None and from_seqno < origin.seqno:
             say(format_, _origin_line(origin), origin_values(origin))
         for entry, record in verified(source):
-            if entry.row.seqno >= from_seqno:
+            last = entry.row.seqno
+            if last >= from_seqno:
                 if format_ is OutputFormat.JSON:
                     print(json_line(record_values(entry.row, record)))
                 else:
                     print(_line(entry.row, record))
+    if from_seqno > last:
+        raise ConfigError(f"--from-seqno {from_seqno} is beyond the journal's last record, {last}.")
 
 
 @journal_app.command()
