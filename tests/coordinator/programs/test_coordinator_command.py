@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fedmezo_coordinator.programs import coordinator_command as cli
 from fedmezo_coordinator.programs import fedmezo_command as client_cli
-from fedmezo_core.errors import ConfigError, FedMezoError
+from fedmezo_core.errors import ConfigError, FedMezoError, WrongRunError
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
@@ -57,6 +57,12 @@ def test_inspect_prints_one_line_a_record(journal: Path) -> None:
     assert "run tiny-run on tiny" in lines[0]
     tail = fedmezo("journal", "inspect", str(journal), "--from-seqno", "6").splitlines()
     assert tail == lines[6:]
+    with pytest.raises(ConfigError, match="--from-seqno 8 is beyond the journal's last record, 7"):
+        fedmezo("journal", "inspect", str(journal), "--from-seqno", "8")
+    with pytest.raises(WrongRunError, match="tiny-run"):
+        fedmezo("journal", "inspect", str(journal), "--run-id", "nosuch")
+    with pytest.raises(ConfigError, match="The journal's name is empty"):
+        fedmezo("journal", "inspect", "")
 
 
 def test_a_journal_in_the_home_folder(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
