@@ -714,7 +714,7 @@ async def test_who_comes_to_a_relay_that_is_not_up_to_date_is_told_to_come_again
         (["--name", "replica"], "and not 'replica'"),
         (["--name", "a", "--upstream", "nowhere"], "write it as host:port"),
         (["--name", "a", "--deadline-share", "0"], "deadline_share"),
-        (["--name", "a", "--upstream", "127.0.0.1:7466"], "cannot be its own coordinator"),
+        (["--name", "a", "--upstream", "127.0.0.1:7466"], "is this relay's own address"),
         (["--name", "a", "--tls-cert", "c.pem"], "tls_cert and tls_key go together"),
         ([], "name is missing"),
     ],
