@@ -49,7 +49,7 @@ def test_a_users_own_model_and_data_from_the_fit_to_the_export(
     flowing = " ".join(said.split())
     assert demo.returncode == 0, said
     assert "2 workers (a, b)" in flowing
-    assert "fitted an adapter of rank 4 on transformer.h.0.mlp.c_fc" in flowing
+    assert "Fitted an adapter of rank 4 on transformer.h.0.mlp.c_fc" in flowing
     assert "set aside from the workers' rows" in flowing
     assert "chose the learning rate 0." in flowing
     told = said[: said.index("Take the model home")]
