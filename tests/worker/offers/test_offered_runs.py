@@ -423,13 +423,13 @@ async def test_it_ends_once_no_other_run_may_come(settings: WorkerSettings, agen
 
 
 async def test_a_file_for_one_run_is_refused(tmp_path: Path, agents: Agents) -> None:
-    rows, copy = tmp_path / "rows.jsonl", tmp_path / "copy.db"
-    rows.touch()
-    copy.touch()
+    rows, copy, found = (tmp_path / name for name in ("rows.jsonl", "copy.db", "found.jsonl"))
+    for path in (rows, copy, found):
+        path.touch()
     cases: list[tuple[dict[str, Any], str]] = [
         ({"journal_copy": copy}, "journal_copy"),
         (
-            {"data": {"reviews": DataSet(path=rows, heldout=rows, evaluations=rows)}},
+            {"data": {"reviews": DataSet(path=rows, heldout=rows, evaluations=found)}},
             "data.reviews.evaluations",
         ),
     ]
