@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -51,3 +53,18 @@ def test_both_stacks_are_pinned_within_the_range_that_the_package_allows() -> No
     for name in STACKS:
         [requirement] = _declared()[name]
         assert tested[requirement.name] in requirement.specifier
+
+
+def test_every_pinned_version_installs_on_the_oldest_python() -> None:
+    """Debian 12 has 3.11.2, and some packages ask for a later patch release."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    [oldest] = SpecifierSet(project["requires-python"])
+    wrong = {}
+    for name in _pinned("requirements.lock"):
+        try:
+            needed = metadata.metadata(name)["Requires-Python"]
+        except metadata.PackageNotFoundError:
+            continue  # Of another platform, or of a group that is not installed here.
+        if needed and f"{oldest.version}.2" not in SpecifierSet(needed):
+            wrong[name] = needed
+    assert not wrong
