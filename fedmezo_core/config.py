@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -62,6 +62,8 @@ SECURE_COHORT_MAX = 512
 """Most workers in a sum that hides its terms: one's shares for all others fit into a message."""
 SECURE_CLIP = 100.0
 """`projected_grad_abs_max` of a new run with `secure_aggregation` that does not choose another."""
+RATE_MAX = 1e9
+"""Greatest `learning_rate` of a new run."""
 RATE_DIRECTIONS = 64
 """`rate_directions` of a new run that does not choose another."""
 
@@ -751,21 +753,6 @@ class RunConfig(_Frozen):
         return recipe
 
 
-def _check_sizes(config: RunConfig, where: str) -> None:
-    """Refuse a new run's sizes that nobody can mean, such as a learning rate of 1e300."""
-    for key, (least, most) in _SIZES.items():
-        value = getattr(config, key)
-        if not least <= value <= most:
-            raise ConfigError(
-                f"{where}: {key} = {value:g} is not allowed: use a number from {least:g} to "
-                f"{most:g}."
-            )
-
-
-_SIZES: Final = {"learning_rate": (1e-15, 1e9), "eps": (1e-12, 1e6)}
-"""Least and greatest values with which a new run begins."""
-
-
 def _check_no_booleans(
     values: Mapping[str, Any], kind: type[BaseModel], where: str, prefix: str = ""
 ) -> None:
@@ -984,8 +971,11 @@ def parse_run(
             config = RunConfig.model_validate({**values, **own})
     except ValidationError as error:
         raise ConfigError(sentence_of(error, where, kind=RunConfig)) from None
-    if begun is None:
-        _check_sizes(config, where)
+    if begun is None and not config.learning_rate <= RATE_MAX:
+        raise ConfigError(
+            f"{where}: learning_rate = {config.learning_rate:g} is not allowed: use "
+            f"{RATE_MAX:g} or less."
+        )
     if begun is None and config.task.holds_its_answer and not config.task.objective:
         raise ConfigError(
             f"{where}: task.template = {_shortened(config.task.template)} is not allowed: it names "

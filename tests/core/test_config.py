@@ -514,11 +514,8 @@ def test_true_is_no_number(changes: dict[str, Any], said: str) -> None:
     assert str(caught.value).startswith(said)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("learning_rate", 1e300), ("learning_rate", 1e-300), ("eps", 1e30)]
-)
-def test_a_size_that_nobody_can_mean(key: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=rf"run: {key} = .* is not allowed: use a number from"):
-        parse_run(VALUES | {key: value}, "run")
-    begun = parse_run(VALUES, "run").model_copy(update={key: value})
-    assert getattr(parse_run(begun.model_dump(), "run", begun), key) == value
+def test_a_rate_that_nobody_can_mean() -> None:
+    with pytest.raises(ConfigError, match="run: learning_rate = 1e\\+300 is not allowed: use 1e"):
+        parse_run(VALUES | {"learning_rate": 1e300}, "run")
+    begun = parse_run(VALUES, "run").model_copy(update={"learning_rate": 1e300})
+    assert parse_run(begun.model_dump(), "run", begun).learning_rate == 1e300

@@ -250,7 +250,7 @@ def test_a_run_says_what_it_came_to_and_what_it_cost(
 
 
 def test_a_run_that_is_lost_is_a_result(changes: Changes) -> None:
-    arm = Arm("wild", {"learning_rate": 1e30, "projected_grad_abs_max": 1e7})
+    arm = Arm("wild", {"learning_rate": 1e9, "projected_grad_abs_max": 1e7})
     result = runs.execute(run_of(EXPERIMENTS["accuracy"], arm, 1, changes))
     assert result.ended
     assert result.rounds < 3

@@ -10,7 +10,6 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,10 +232,7 @@ def test_a_wrong_flag_costs_no_import_of_torch(programs: Programs) -> None:
 async def test_a_loss_that_is_no_number_is_reported_and_the_run_goes_on(
     workers: Workers, data_files: list[Path], tmp_path: Path, tiny_genesis: Callable[..., Genesis]
 ) -> None:
-    genesis = tiny_genesis(workers_min=1, quorum=1)
-    # As no new run would begin with.
-    config = genesis.config.model_copy(update={"eps": 1e37})
-    genesis = replace(genesis, config=config)
+    genesis = tiny_genesis(eps=1e37, workers_min=1, quorum=1)
     async with served(tmp_path / "journal.db", genesis) as coordinator:
         working = workers.start(coordinator.address, "w1", data_files[0])
 
