@@ -517,7 +517,12 @@ def reconnect(sizes: Sizes) -> Iterator[Figure]:
         coordinator.launch()
         for worker in swarm.workers:
             worker.welcomed, worker.assigned = False, None
-        swarm.run(lambda: swarm.welcomed == count, PATIENCE_S, "everyone to come back")
+
+        def are_back() -> bool:
+            coordinator.check_it_runs()
+            return swarm.welcomed == count
+
+        swarm.run(are_back, PATIENCE_S, "everyone to come back")
         seconds = time.perf_counter() - begin
         refused = coordinator.status().sessions_refused
         commits = answering.commits

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import grpc
 import psutil
 import trustme
 
+from benchmarks.free_port import free_port
 from fedmezo_core.config import PROTOCOL_VERSION, RunConfig, parse_run
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
@@ -92,9 +92,7 @@ class Coordinator:
         self._limits = () if limited else unlimited
         self.more_flags: Sequence[str] = ()
         self._issue()
-        with socket.socket() as free:
-            free.bind((HOST, 0))
-            self.port = int(free.getsockname()[1])
+        self.port = free_port(HOST)
         self.begin()
 
     def begin(self) -> None:
@@ -166,10 +164,19 @@ class Coordinator:
                 self.status()
                 return
             except grpc.RpcError:
-                if self._process.poll() is not None or time.monotonic() > end_s:
-                    log = (self.folder / "coordinator.log").read_text(errors="replace")
-                    raise RuntimeError(f"the coordinator does not serve:\n{log[-2000:]}") from None
+                self.check_it_runs()
+                if time.monotonic() > end_s:
+                    raise self._failure("does not serve") from None
                 time.sleep(0.02)
+
+    def check_it_runs(self) -> None:
+        """Raise `RuntimeError` with the end of its log if it has ended by itself."""
+        if self._process.poll() is not None:
+            raise self._failure("has ended")
+
+    def _failure(self, what: str) -> RuntimeError:
+        log = (self.folder / "coordinator.log").read_text(errors="replace")
+        return RuntimeError(f"the coordinator {what}:\n{log[-2000:]}")
 
     def status(self) -> wire.GetStatusResponse:
         """What it says of itself."""

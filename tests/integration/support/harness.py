@@ -9,7 +9,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import psutil
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from benchmarks.free_port import free_port as free_port
 from fedmezo_coordinator.coordinator_settings import CALLER_CALLS_PER_S, RelaySettings
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.limits.caller_limits import CallerLimits
@@ -147,13 +147,6 @@ async def vouched_for(client: CoordinatorClient) -> None:
 
 
 # ---------------------------------------------------------------- programs
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def environment(**more: str) -> dict[str, str]:
