@@ -230,8 +230,6 @@ def with_measured(
     Raises `ConfigError` for a value that a contract cannot have.
     """
     taken = {key: value for key, value in measured.items() if key not in given}
-    if not taken:
-        return config
     return parse_run({**config.model_dump(), **taken}, "the measured values", config)
 
 
@@ -261,8 +259,8 @@ def difference_from(
 ) -> tuple[str, Any, Any] | None:
     """The first key in which `asked` means another contract than `begun`, with both values.
 
-    None if it means the same. What a preset says counts only when a run begins, and so does what a
-    value that nobody wrote becomes. Raises `ConfigError` with `where` for values of no contract.
+    None if it means the same. A preset, and defaults for what `asked` does not name, count only
+    when a run begins. Raises `ConfigError`, which names `where`, for values of no contract.
     """
     written = begun.model_dump()
     wanted = merged(written, asked) if KEY in asked else {**written, **asked}

@@ -281,7 +281,7 @@ def begin_run(
     `read_rows` and `open_party`; `DataError` for too few rows, `MeasurementError` if they tell
     nothing.
     """
-    given = {"learning_rate": None} if isinstance(contract, RunConfig) else contract
+    given = contract.model_dump() if isinstance(contract, RunConfig) else contract
     has_rate = "learning_rate" in given
     if has_rate and rate_rows is not None:
         raise ConfigError(

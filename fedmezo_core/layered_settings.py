@@ -105,6 +105,8 @@ UserPath = Annotated[
 """A file or folder; `~` at its start is the user's home folder."""
 UserPathText = Annotated[str, AfterValidator(expanded)]
 """A file or folder, or another name such as a URL; `~` at its start is the user's home folder."""
+StoreName = Annotated[str, BeforeValidator(_check_not_empty), AfterValidator(expanded)]
+"""A file or a URL, never empty; `~` at its start is the user's home folder."""
 Address = Annotated[str, AfterValidator(check_address)]
 """host:port of a coordinator to connect to."""
 ListenAddress = Annotated[str, AfterValidator(partial(check_address, port_min=0))]
@@ -144,7 +146,8 @@ def load_settings(kind: type[Settings], arguments: Sequence[str], *, program: st
     """
     prefix = kind.model_config.get("env_prefix", "")
     arguments, config_path = _take_config_flag(arguments, f"{prefix}CONFIG")
-    _check_environment(kind, prefix)
+    if prefix:
+        _check_environment(kind, prefix)
     file_values = _read_toml(config_path) if config_path is not None else {}
 
     class _Loaded(kind):  # type: ignore[misc, valid-type]
@@ -199,13 +202,11 @@ def _check_environment(kind: type[BaseSettings], prefix: str) -> None:
     Nobody else would say so of a misspelt one: the environment has the variables of everybody.
     """
     for name in os.environ:
-        if not prefix or not name.upper().startswith(prefix):
+        rest = name.upper().removeprefix(prefix)
+        if rest == name.upper() or rest == "CONFIG" or _OF_KUBERNETES.fullmatch(rest):
             continue
-        rest = name[len(prefix) :].upper()
         path = rest.lower().split("__")
         field = kind.model_fields.get(path[0])
-        if rest == "CONFIG" or _OF_KUBERNETES.fullmatch(rest):
-            continue
         if field is not None and (len(path) == 1 or _takes_keys(field.annotation)):
             continue
         tables = [key for key, one in kind.model_fields.items() if _takes_keys(one.annotation)]

@@ -29,6 +29,7 @@ from fedmezo_core.layered_settings import (
     OptionalListenAddress,
     OutputFormat,
     ProgramSettings,
+    StoreName,
     UserPath,
     UserPathText,
 )
@@ -226,7 +227,7 @@ class CoordinatorSettings(ServingSettings):
         description="with runs: most replicas at a time, each with a model in memory; those of "
         "other runs wait; 0: any number",
     )
-    journal: UserPathText = Field(
+    journal: StoreName = Field(
         default="journal.db", description="the run's journal: a file, or a postgresql:// URL"
     )
     standby: bool = Field(

@@ -111,6 +111,12 @@ def test_the_home_folder_is_meant_in_every_path(
         assert {str(getattr(settings, name)) for name in group} == {f"{tmp_path}/file"}
 
 
+@pytest.mark.parametrize("key", ["journal", "heldout", "adapter_rows"])
+def test_an_empty_path_is_not_the_current_folder(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} = '' is not allowed: it is empty: write a path"):
+        load(f"--{key.replace('_', '-')}", "")
+
+
 def test_a_rate_is_measured_or_named() -> None:
     run = '{"learning_rate": 1e-3}'
     with pytest.raises(ConfigError, match="probe_rows measures a learning_rate and"):

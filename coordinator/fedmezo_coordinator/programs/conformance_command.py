@@ -19,15 +19,12 @@ from fedmezo_coordinator.conformance.report import Report
 from fedmezo_coordinator.conformance.worker_battery import WorkerTest, check_can_lead
 from fedmezo_coordinator.conformance.worker_endings import run_worker_battery, starting
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_coordinator.programs.connecting import genesis_in, opened_journal
 from fedmezo_coordinator.programs.plain_values import finite, json_line
 from fedmezo_coordinator.programs.taking_home.start_adapter import fitted_adapter
-from fedmezo_coordinator.stores.opening import open_store
-from fedmezo_core.errors import ConfigError, JournalCorruptError
-from fedmezo_core.journal.codec import decode_record
-from fedmezo_core.journal.journal import Journal
+from fedmezo_core.errors import ConfigError
 from fedmezo_core.layered_settings import check_address, load_settings
 from fedmezo_core.program import worker_packages
-from fedmezo_core.records import Genesis
 from fedmezo_core.trust.authorisation import Role
 from fedmezo_core.wire.enrolment import identity_in
 
@@ -151,7 +148,9 @@ def worker(
         raise ConfigError("--data needs --config, whose model measures its rows.")
     report = _report("worker", format_)
     if config is None:
-        test = WorkerTest(_genesis_in(journal or ""), None, patience_s=patience_s)
+        with opened_journal(journal, None) as source:
+            genesis = genesis_in(source)
+        test = WorkerTest(genesis, None, patience_s=patience_s)
         check_can_lead(test.genesis.config)
         report.skip("weights and measurements are ours", 8, "only with --config, for its model")
     else:
@@ -181,21 +180,6 @@ def worker(
     begin = None if start is None else starting(start)
     asyncio.run(run_worker_battery(test, report, listen, begin, announce))
     _print(report, format_)
-
-
-def _genesis_in(journal: str) -> Genesis:
-    """Record 0 of a journal."""
-    store = open_store(journal, read_only=True)
-    try:
-        source = Journal(store)
-        origin = source.origin()
-        rows = source.read(0, 1)
-        record = origin.genesis if origin is not None else rows and decode_record(rows[0].body)
-    finally:
-        store.close()
-    if not isinstance(record, Genesis):
-        raise JournalCorruptError("The journal does not begin with a genesis; give another one.")
-    return record
 
 
 def _report(subject: str, format_: ReportFormat) -> Report:

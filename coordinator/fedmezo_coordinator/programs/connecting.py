@@ -18,7 +18,12 @@ import typer
 
 from fedmezo_coordinator.programs.plain_values import finite
 from fedmezo_coordinator.stores.opening import open_store
-from fedmezo_core.errors import ConfigError, IdentityError, UnavailableError
+from fedmezo_core.errors import (
+    ConfigError,
+    IdentityError,
+    JournalCorruptError,
+    UnavailableError,
+)
 from fedmezo_core.folders import state_home
 from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import Journal, MemoryStore, Row
@@ -98,7 +103,8 @@ State = Annotated[
 RunId = Annotated[
     str,
     typer.Option(
-        "--run-id", help="run to ask about; default: the only one that is not over, or the only one"
+        "--run-id",
+        help="run to ask about; default: the only one that is not over, or the only one there is",
     ),
 ]
 EveryS = Annotated[
@@ -244,21 +250,22 @@ def opened_journal(
     try:
         source = Journal(store)
         if journal and run_id:
-            check_run_id(run_id, _genesis_in(source).config.run_id)
+            check_run_id(run_id, genesis_in(source).config.run_id)
         yield source
     finally:
         store.close()
 
 
-def _genesis_in(journal: Journal) -> Genesis:
+def genesis_in(journal: Journal) -> Genesis:
+    """Record 0 of a journal; raises `JournalCorruptError` if it begins with something else."""
     origin = journal.origin()
     if origin is not None:
         return origin.genesis
-    for row in journal.read(0, 1):
-        record = decode_record(row.body)
-        if isinstance(record, Genesis):
-            return record
-    raise ConfigError("The journal holds no run yet; start its coordinator first.")
+    rows = journal.read(0, 1)
+    record = decode_record(rows[0].body) if rows else None
+    if not isinstance(record, Genesis):
+        raise JournalCorruptError("The journal does not begin with a genesis; give another one.")
+    return record
 
 
 async def _fetched(link: Link) -> MemoryStore:

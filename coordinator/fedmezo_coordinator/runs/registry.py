@@ -67,9 +67,10 @@ class Runs(RunService):
         return list(self._runs.values())
 
     def find(self, run_id: str) -> HostedRun:
-        """The run of that name; an empty one means the only run that is not over, or the only run.
+        """The run of that name.
 
-        Raises `WrongRunError` if there is none.
+        An empty one means the only run that is not over, or the only one there is. Raises
+        `WrongRunError` if there is none.
         """
         run = self._runs.get(run_id)
         if run is not None:

@@ -158,7 +158,8 @@ def _check_names(task: TaskConfig, names: Mapping[str, str]) -> None:
     """Refuse names with which a prompt would give its answer away, as a contract is refused."""
     answer = names.get(task.answer_column, task.answer_column)
     for column in task.columns():
-        if column != task.answer_column and names.get(column) == answer and not task.objective:
+        own = names.get(column, column)
+        if column != task.answer_column and own == answer and not task.objective:
             raise ConfigError(
                 f"columns takes the run's {shown_columns([column])} from "
                 f"{shown_columns([answer])}, the column with the answer, so every prompt would "
@@ -338,10 +339,10 @@ def _other_rows(numbers: Sequence[int]) -> str:
     """The sentence that names rows which are wrong, too; empty if there are none."""
     if not numbers:
         return ""
-    shown = ", ".join(map(str, numbers[:_ROWS_NAMED_MAX]))
-    if (more := len(numbers) - _ROWS_NAMED_MAX) > 0:
-        shown += f" and {more} more"
-    return f" Wrong, too: row{'s' if len(numbers) > 1 else ''} {shown}."
+    named = ", ".join(map(str, numbers[:_ROWS_NAMED_MAX]))
+    more = len(numbers) - _ROWS_NAMED_MAX
+    named += f" and {more} more" if more > 0 else ""
+    return f" Wrong, too: row{'s' if len(numbers) > 1 else ''} {named}."
 
 
 def _text(file: Path | str, number: int, record: dict[str, Any], column: str) -> str:

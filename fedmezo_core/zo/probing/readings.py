@@ -124,7 +124,7 @@ def _probe_of(
     config = party.config
     if len(rows) < 2 * config.batch_size:
         raise DataError(
-            f"The {len(rows)} rows of {rows[0].file} are fewer than two batches of "
+            f"{len(rows)} rows, from {rows[0].location} on, are fewer than two batches of "
             f"{config.batch_size}; give more, because what batches have in common is what a run "
             "can learn."
         )

@@ -405,7 +405,7 @@ class ExcludeWorkerRequest(google.protobuf.message.Message):
     reason: builtins.str
     """Why, in 1 to 512 characters. The worker is told, and it stands in the journal."""
     run_id: builtins.str
-    """The run. Empty: the only one that is not over, or the only one."""
+    """The run. Empty: the only one that is not over, or the only one there is."""
     def __init__(
         self,
         *,
@@ -440,7 +440,7 @@ class ReadmitWorkerRequest(google.protobuf.message.Message):
     worker: builtins.str
     """Its name."""
     run_id: builtins.str
-    """The run. Empty: the only one that is not over, or the only one."""
+    """The run. Empty: the only one that is not over, or the only one there is."""
     def __init__(
         self,
         *,

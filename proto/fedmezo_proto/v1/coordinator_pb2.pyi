@@ -92,7 +92,7 @@ class GetRunRequest(google.protobuf.message.Message):
     RUN_ID_FIELD_NUMBER: builtins.int
     ROUND_FIELD_NUMBER: builtins.int
     run_id: builtins.str
-    """The run that the caller means. Empty: the only one here that is not over, or the only one."""
+    """The run that the caller means. Empty: the only one here that is not over, or the only one there is."""
     round: builtins.int
     """Last round that the caller's weights hold, 0 for the base. `missing` is counted from there."""
     @property
@@ -881,7 +881,7 @@ class ReadJournalRequest(google.protobuf.message.Message):
     FROM_ROUND_FIELD_NUMBER: builtins.int
     FROM_ORIGIN_FIELD_NUMBER: builtins.int
     run_id: builtins.str
-    """The run. Empty: the only one here that is not over, or the only one."""
+    """The run. Empty: the only one here that is not over, or the only one there is."""
     from_seqno: builtins.int
     """Seqno of the first record to return."""
     records_max: builtins.int
@@ -984,7 +984,7 @@ class GetStatusRequest(google.protobuf.message.Message):
 
     RUN_ID_FIELD_NUMBER: builtins.int
     run_id: builtins.str
-    """The run. Empty: the only one here that is not over, or the only one."""
+    """The run. Empty: the only one here that is not over, or the only one there is."""
     def __init__(
         self,
         *,
@@ -1343,7 +1343,7 @@ class ReadSnapshotRequest(google.protobuf.message.Message):
     ROUND_FIELD_NUMBER: builtins.int
     OFFSET_FIELD_NUMBER: builtins.int
     run_id: builtins.str
-    """The run. Empty: the only one here that is not over, or the only one."""
+    """The run. Empty: the only one here that is not over, or the only one there is."""
     round: builtins.int
     """The snapshot's round."""
     offset: builtins.int

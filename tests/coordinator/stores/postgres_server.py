@@ -10,7 +10,6 @@ import contextlib
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from benchmarks.free_port import free_port
 
 USER = "postgres"
 PASSWORD = "open sesame/@:#"
@@ -70,9 +71,7 @@ class Server:
         if os.geteuid() == 0:
             shutil.chown(self.folder, "postgres", "postgres")
         self.data = self.folder / "data"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
+        self.port = free_port()
         secret = self.folder / "password"
         secret.write_text(PASSWORD + "\n")
         self._run(

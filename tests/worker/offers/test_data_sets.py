@@ -157,7 +157,7 @@ def test_one_column_can_be_two_of_the_runs_but_no_prompt_its_answer(tmp_path: Pa
     two = TASK_CONFIG.model_copy(update={"template": "{title}: {text}"})
     [row] = read_rows(path, two, names={"text": "body", "title": "body"})
     assert row.values == {"text": "Good.", "title": "Good.", "label": "positive"}
-    for names in ({"text": "label"}, {"text": "body", "label": "body"}):
+    for names in ({"text": "label"}, {"text": "body", "label": "body"}, {"label": "text"}):
         with pytest.raises(ConfigError, match=r"run's text from .*, the column with the answer"):
             read_rows(path, TASK_CONFIG, names=names)
         with pytest.raises(ConfigError, match="give its answer away; name another column"):

@@ -89,7 +89,9 @@ def test_what_cannot_be_probed_is_refused_with_a_sentence(folder: Path, tmp_path
     assert "\nrounds = 1000000\n" in probe(tmp_path, folder, long, "--passes", "44").stdout
     rows = probe(tmp_path, folder, RUN, rows=9)
     assert isinstance(rows.exception, DataError)
-    assert re.match(r"The 9 rows of \S+ are fewer than two batches of 8", str(rows.exception))
+    assert re.match(
+        r"9 rows, from row 1 of \S+ on, are fewer than two batches of 8", str(rows.exception)
+    )
     task = TASK.replace("[run.task]", '[run.task]\nobjective = "somebody:scores"')
     scored = probe(tmp_path, folder, RUN, task=task)
     assert "scores batches by somebody:scores; choose its learning_rate by trial" in str(
